@@ -1,0 +1,74 @@
+"""A block of device registers and the class of I/O of each: posted, mirrored or synchronous.
+
+Devices declare ranges (devices/base.py), the address map carries them to the CPU node (bus/addressmap.py).
+Why three classes: docs/decisions/002-three-classes-of-io.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Space = Literal["port", "mmio"]
+WIDTHS = (1, 2, 4)  # bytes; what IN, OUT and a 32-bit load or store can carry
+
+
+class BadRange(ValueError):
+    """A device declares a register range that makes no sense."""
+
+
+@dataclass(frozen=True, slots=True)
+class IoRange:
+    """Registers of one device at consecutive addresses; the machine file supplies the base address.
+
+    `widths`: access sizes in bytes that the device accepts whole and naturally aligned; wider or misaligned
+    accesses are split, little-endian, before they reach it.
+    The other sets hold offsets; a register in none of them is synchronous both ways.
+    """
+
+    SPACE: ClassVar[Space]
+
+    name: str
+    length: int
+    widths: tuple[int, ...] = (1,)
+    posted: frozenset[int] = frozenset()  # writes without an answer, sent in batches
+    prompt: frozenset[int] = frozenset()  # posted, but the batch leaves at once: a doorbell, an EOI
+    mirrored: frozenset[int] = frozenset()  # reads without side effect, served from the shared page
+    relaxed: frozenset[int] = frozenset()  # mirrored, and no posted write can change what is read
+
+    def __post_init__(self) -> None:
+        def require(truth: bool, complaint: str) -> None:
+            if not truth:
+                raise BadRange(f"range {self.name!r}: {complaint}")
+
+        require(bool(self.name), "has no name")
+        require(self.length > 0, f"length {self.length} is not above 0")
+        widths = set(self.widths)
+        require(bool(widths) and widths <= set(WIDTHS) and len(widths) == len(self.widths),
+                f"widths {self.widths} are not distinct members of {WIDTHS}")  # fmt: skip
+        for label in ("posted", "prompt", "mirrored", "relaxed"):
+            strays = sorted(offset for offset in getattr(self, label) if not 0 <= offset < self.length)
+            require(not strays, f"{label} offsets {strays} lie outside its {self.length} bytes")
+        require(
+            self.prompt <= self.posted, f"prompt offsets {sorted(self.prompt - self.posted)} aren't posted"
+        )
+        require(self.relaxed <= self.mirrored,
+                f"relaxed offsets {sorted(self.relaxed - self.mirrored)} aren't mirrored")  # fmt: skip
+
+    def accepts(self, offset: int, width: int) -> bool:
+        """Whether the device takes this access whole."""
+        return width in self.widths and offset % width == 0 and 0 <= offset <= self.length - width
+
+
+@dataclass(frozen=True, slots=True)
+class PortRange(IoRange):
+    """A block of I/O ports."""
+
+    SPACE: ClassVar[Space] = "port"
+
+
+@dataclass(frozen=True, slots=True)
+class MmioRange(IoRange):
+    """A block of memory-mapped registers."""
+
+    SPACE: ClassVar[Space] = "mmio"

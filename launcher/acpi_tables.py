@@ -1,0 +1,171 @@
+"""ACPI tables for the machine: RSDP, RSDT, FADT, FACS, DSDT and, with APICs, MADT.
+
+Source: ACPI specification 6.4, chapter 5 (tables); [n] is a section of it. The machine is in ACPI mode from
+the start (SMI_CMD is 0), there is no firmware to switch it. The tables describe ISA devices only.
+Left out: XSDT (a 32-bit kernel needs none), PCI, processors' power states, SMBIOS, HPET.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from launcher import aml
+
+OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"BCKPLN", b"BACKPLAN", b"BKPL"
+TABLES_PA, TABLES_END = 0xE0000, 0x100000  # the BIOS area, searched for the RSDP on 16-byte steps [5.2.5.1]
+LOCAL_APIC_PA = 0xFEE00000
+S5_SLP_TYP = 5  # what the DSDT's _S5_ tells the guest to put into PM1a_CNT.SLP_TYP
+
+FADT_REVISION, FADT_LENGTH = 3, 244  # ACPI 2.0 layout: the first one with a reset register
+FADT_WBINVD, FADT_PROC_C1 = 1 << 0, 1 << 2
+FADT_NO_POWER_BUTTON, FADT_NO_SLEEP_BUTTON = 1 << 4, 1 << 5  # neither is a fixed-hardware feature
+FADT_FIX_RTC_ABSENT, FADT_TMR_VAL_EXT, FADT_RESET_REG_SUP = 1 << 6, 1 << 8, 1 << 10
+BOOT_LEGACY_DEVICES, BOOT_8042, BOOT_NO_VGA, BOOT_NO_MSI = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+BOOT_NO_CMOS_RTC = 1 << 5
+PM1_EVT_LENGTH, PM1_CNT_LENGTH, PM_TMR_LENGTH = 4, 2, 4
+PM1_CNT_OFFSET, PM_TMR_OFFSET = 4, 8  # in the acpi_pm device's port block
+LATENCY_C2_ABSENT, LATENCY_C3_ABSENT = 101, 1001  # microseconds; above 100 and 1000 the state is absent
+CENTURY_CMOS_INDEX = 0x32
+SYSTEM_IO = 1  # address space of a Generic Address Structure [5.2.3.2]
+
+MADT_PCAT_COMPAT = 1
+MADT_LOCAL_APIC, MADT_IO_APIC, MADT_OVERRIDE, MADT_LOCAL_NMI = 0, 1, 2, 4
+INTI_ACTIVE_HIGH, INTI_LEVEL = 0x1, 0xC  # MPS INTI flags [table 5.26]
+PIT_GSI = 2  # on a PC the 8254 is wired to I/O APIC pin 2, pin 0 carries the 8259's output
+
+
+@dataclass(frozen=True, slots=True)
+class AcpiMachine:
+    """What the tables say about a machine; None means that the part is absent."""
+
+    pm_base: int
+    sci_irq: int
+    reset_port: int
+    reset_value: int
+    uarts: tuple[tuple[int, int], ...] = ()  # (port, irq)
+    keyboard_irq: int | None = None  # of the 8042
+    rtc: tuple[int, int] | None = None  # (port, irq)
+    ioapic_pa: int | None = None  # given: the machine has APICs, and a MADT
+    ioapic_id: int = 1
+
+
+def checksum(data: bytes) -> int:
+    """The byte which makes the sum of all bytes 0 modulo 256."""
+    return -sum(data) & 0xFF
+
+
+def table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """A system description table: the common header, with its checksum, and the body [5.2.6]."""
+    head = struct.pack(
+        "<4sIBB6s8sI4sI", signature, 36 + len(body), revision, 0, OEM_ID, OEM_TABLE_ID, 1, CREATOR_ID, 1
+    )
+    whole = bytearray(head + body)
+    whole[9] = checksum(whole)
+    return bytes(whole)
+
+
+def dsdt(machine: AcpiMachine) -> bytes:
+    """ISA devices with their resources, and the S5 sleep package which power-off needs."""
+    devices = []
+    for number, (port, irq) in enumerate(machine.uarts, 1):
+        devices.append(
+            aml.device(
+                f"COM{number}",
+                aml.name("_HID", aml.eisa_id("PNP0501")),
+                aml.name("_UID", aml.integer(number)),
+                aml.name("_CRS", aml.resources(aml.io_port(port, 8), aml.irq(irq))),
+            )
+        )
+    if machine.keyboard_irq is not None:
+        crs = aml.resources(aml.io_port(0x60, 1), aml.io_port(0x64, 1), aml.irq(machine.keyboard_irq))
+        devices.append(
+            aml.device("KBD", aml.name("_HID", aml.eisa_id("PNP0303")), aml.name("_CRS", crs))
+        )
+    if machine.rtc is not None:
+        crs = aml.resources(aml.io_port(machine.rtc[0], 2), aml.irq(machine.rtc[1]))
+        devices.append(
+            aml.device("RTC", aml.name("_HID", aml.eisa_id("PNP0B00")), aml.name("_CRS", crs))
+        )
+    slp_typ = aml.integer(S5_SLP_TYP)
+    s5 = aml.name("_S5", aml.package(slp_typ, slp_typ, aml.integer(0), aml.integer(0)))
+    return table(b"DSDT", 1, aml.root_scope("_SB", *devices) + s5)
+
+
+def facs() -> bytes:
+    """Firmware ACPI Control Structure: has no checksum [5.2.10]."""
+    return struct.pack("<4sI", b"FACS", 64).ljust(64, b"\0")
+
+
+def generic_address(port: int, bits: int) -> bytes:
+    """Generic Address Structure of an I/O port [5.2.3.2]."""
+    return struct.pack("<BBBBQ", SYSTEM_IO, bits, 0, 1, port)
+
+
+def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
+    """Fixed ACPI Description Table [5.2.9]; fields which stay 0 name hardware the machine has not."""
+    pm = machine.pm_base
+    boot_flags = BOOT_LEGACY_DEVICES | BOOT_NO_VGA | BOOT_NO_MSI
+    if machine.keyboard_irq is not None:
+        boot_flags |= BOOT_8042
+    if machine.rtc is None:
+        boot_flags |= BOOT_NO_CMOS_RTC
+    flags = FADT_WBINVD | FADT_PROC_C1 | FADT_NO_POWER_BUTTON | FADT_NO_SLEEP_BUTTON
+    flags |= FADT_FIX_RTC_ABSENT | FADT_TMR_VAL_EXT | FADT_RESET_REG_SUP
+    body = struct.pack("<IIBBHI4B", facs_pa, dsdt_pa, 0, 0, machine.sci_irq, 0, 0, 0, 0, 0)
+    body += struct.pack("<8I", pm, 0, pm + PM1_CNT_OFFSET, 0, 0, pm + PM_TMR_OFFSET, 0, 0)
+    body += struct.pack("<8B", PM1_EVT_LENGTH, PM1_CNT_LENGTH, 0, PM_TMR_LENGTH, 0, 0, 0, 0)
+    body += struct.pack("<4H", LATENCY_C2_ABSENT, LATENCY_C3_ABSENT, 0, 0)
+    body += struct.pack("<5BHBI", 0, 0, 0, 0, CENTURY_CMOS_INDEX, boot_flags, 0, flags)
+    body += generic_address(machine.reset_port, 8)
+    body += struct.pack("<BHB", machine.reset_value, 0, 0)
+    body += struct.pack("<QQ", facs_pa, dsdt_pa)
+    body += generic_address(pm, PM1_EVT_LENGTH * 8) + bytes(12)
+    body += generic_address(pm + PM1_CNT_OFFSET, PM1_CNT_LENGTH * 8) + bytes(12)
+    body += bytes(12)
+    body += generic_address(pm + PM_TMR_OFFSET, PM_TMR_LENGTH * 8)
+    body += bytes(24)
+    assert len(body) == FADT_LENGTH - 36
+    return table(b"FACP", FADT_REVISION, body)
+
+
+def madt(machine: AcpiMachine, ioapic_pa: int) -> bytes:
+    """Multiple APIC Description Table: one processor, one I/O APIC, the ISA overrides [5.2.12]."""
+    sci_flags = INTI_ACTIVE_HIGH | INTI_LEVEL
+    body = struct.pack("<II", LOCAL_APIC_PA, MADT_PCAT_COMPAT)
+    body += struct.pack("<BBBBI", MADT_LOCAL_APIC, 8, 0, 0, 1)
+    body += struct.pack("<BBBBII", MADT_IO_APIC, 12, machine.ioapic_id, 0, ioapic_pa, 0)
+    body += struct.pack("<BBBBIH", MADT_OVERRIDE, 10, 0, 0, PIT_GSI, 0)
+    body += struct.pack("<BBBBIH", MADT_OVERRIDE, 10, 0, machine.sci_irq, machine.sci_irq, sci_flags)
+    body += struct.pack("<BBBHB", MADT_LOCAL_NMI, 6, 0xFF, 0, 1)  # every processor's LINT1
+    return table(b"APIC", 1, body)
+
+
+def rsdt(table_pas: list[int]) -> bytes:
+    return table(b"RSDT", 1, struct.pack(f"<{len(table_pas)}I", *table_pas))
+
+
+def rsdp(rsdt_pa: int) -> bytes:
+    """Root System Description Pointer, ACPI 1.0 form of 20 bytes [5.2.5.3]."""
+    whole = bytearray(struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 0, rsdt_pa))
+    whole[8] = checksum(whole)
+    return bytes(whole)
+
+
+def build(machine: AcpiMachine) -> tuple[int, bytes]:
+    """All tables as one image for the BIOS area: (pa of the RSDP = pa of the image, image)."""
+    image = bytearray(64)  # the RSDP's place; the FACS needs 64-byte alignment, and so all get it
+
+    def place(data: bytes) -> int:
+        pa = TABLES_PA + len(image)
+        image.extend(data.ljust(-len(data) % 64 + len(data), b"\0"))
+        return pa
+
+    facs_pa = place(facs())
+    dsdt_pa = place(dsdt(machine))
+    tables = [place(fadt(machine, facs_pa, dsdt_pa))]
+    if machine.ioapic_pa is not None:
+        tables.append(place(madt(machine, machine.ioapic_pa)))
+    pointer = rsdp(place(rsdt(tables)))
+    image[: len(pointer)] = pointer
+    return TABLES_PA, bytes(image)

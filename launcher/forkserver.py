@@ -1,0 +1,245 @@
+"""A warmed process that forks the machine's other processes.
+
+It imports once what all of them need (60 ms and more each otherwise) and then forks on request, in a
+millisecond. It is itself forked off the launcher before either has a thread or a ZeroMQ context, and
+keeps it so: contexts do not survive a fork. Chain of life: the kernel kills this process when the
+launcher ends, however it ends, and the children when this process ends.
+
+Requests and reports are records (memory_node/wire.py) on a socket pair:
+  {"op": "fork", node, entry, config, title, log, host_cpus}  ->  {"op": "forked", node, pid} + its pidfd
+  ... later, unasked                                           ->  {"op": "exited", node, pid, status}
+  once, when the imports are done                              ->  {"op": "warm"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launcher.errors import MachineDied
+from launcher.process_unsafe import die_with_parent, set_thread_name
+from memory_node import wire
+
+STDERR = 2
+FORK_DEADLINE_S = 30.0  # for the imports and one fork, on a busy host
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """What one child is to run: `entry` is "package.module.function", called with `config`."""
+
+    node: str
+    entry: str
+    config: dict[str, Any]
+    title: str
+    log: Path
+    host_cpus: tuple[int, ...] = ()  # the cores it may run on; empty: all
+
+
+@dataclass(slots=True)
+class Child:
+    """A forked process, as the launcher sees it. `pidfd` becomes readable when it ends."""
+
+    node: str
+    pid: int
+    pidfd: int
+
+
+@dataclass(slots=True)
+class ForkServer:
+    """The launcher's handle: `sock` becomes readable when there are reports."""
+
+    pid: int
+    pidfd: int
+    sock: socket.socket
+    statuses: dict[int, int] = field(default_factory=dict)  # wait status by pid
+
+    @classmethod
+    def start(cls, preload: Sequence[str]) -> ForkServer:
+        """Fork it; it imports `preload` while the caller goes on. The caller must have one thread."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            run_and_exit(lambda: _serve(theirs, parent, preload))
+        theirs.close()
+        ours.settimeout(FORK_DEADLINE_S)
+        return cls(pid, os.pidfd_open(pid), ours)
+
+    def fork(self, spec: ChildSpec) -> Child:
+        """Fork one child; blocks until it exists. MachineDied when the fork server can't."""
+        request = {
+            "op": "fork",
+            "node": spec.node,
+            "entry": spec.entry,
+            "config": spec.config,
+            "title": spec.title,
+            "log": str(spec.log),
+            "host_cpus": list(spec.host_cpus),
+        }
+        try:
+            wire.send_record(self.sock, request)
+            while True:
+                report, fds = self._receive()
+                if report["op"] == "forked":
+                    return Child(str(report["node"]), int(report["pid"]), fds[0])
+        except OSError as e:
+            raise MachineDied(f"fork server (pid {self.pid}) does not answer: {e}") from e
+
+    def read_reports(self) -> None:
+        """Take in what has arrived, without waiting."""
+        while select.select([self.sock], [], [], 0)[0]:
+            try:
+                self._receive()
+            except MachineDied:
+                return
+
+    def wait_status(self, child: Child, timeout_s: float) -> int | None:
+        """Wait status of a child that has ended; None when the fork server has not said it in time."""
+        while child.pid not in self.statuses:
+            if not select.select([self.sock], [], [], timeout_s)[0]:
+                return None
+            try:
+                self._receive()
+            except MachineDied:
+                return None
+        return self.statuses[child.pid]
+
+    def stop(self) -> int:
+        """End it and with it all its children; its wait status. May be called again."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self.sock.close()
+        return status
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
+        try:
+            received = wire.receive_record(self.sock)
+        except ConnectionResetError:
+            received = None
+        if received is None:
+            raise MachineDied(f"fork server (pid {self.pid}) died")
+        report, fds = received
+        if report["op"] == "exited":
+            self.statuses[int(report["pid"])] = int(report["status"])
+        elif report["op"] == "failed":
+            raise MachineDied(f"fork server (pid {self.pid}): {report['error']}")
+        return report, fds
+
+
+# ---- inside the fork server ------------------------------------------------------------------
+
+
+def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
+    die_with_parent(launcher)
+    close_other_descriptors(sock.fileno())
+    os.setsid()  # a Ctrl-C at the terminal is for the launcher to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _set_title("backplane: fork server", "forkserver")
+    for module in preload:
+        try:
+            importlib.import_module(module)
+        except Exception as e:  # whatever a broken installation raises, the launcher shall print it
+            wire.send_record(sock, {"op": "failed", "error": f"{module} does not import: {e!r}"})
+            raise
+    gc.freeze()  # children share these pages as long as no collection touches them
+    children: dict[int, tuple[int, str]] = {}  # pidfd -> pid, node
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd == sock.fileno():
+                received = wire.receive_record(sock)
+                if received is None:
+                    return
+                pid, pidfd = _fork_child(received[0])
+                children[pidfd] = (pid, received[0]["node"])
+                poll.register(pidfd, select.POLLIN)
+                report = {"op": "forked", "node": received[0]["node"], "pid": pid}
+                wire.send_record(sock, report, [pidfd])
+            else:
+                pid, node = children.pop(fd)
+                poll.unregister(fd)
+                os.close(fd)
+                _, status = os.waitpid(pid, 0)
+                wire.send_record(sock, {"op": "exited", "node": node, "pid": pid, "status": status})
+
+
+def _fork_child(request: dict[str, Any]) -> tuple[int, int]:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        run_and_exit(lambda: _run_child(parent, request))
+    return pid, os.pidfd_open(pid)
+
+
+def _run_child(parent: int, request: dict[str, Any]) -> None:
+    die_with_parent(parent)
+    close_other_descriptors()
+    os.setsid()
+    _redirect(Path(request["log"]))
+    _set_title(request["title"], request["node"])
+    if request["host_cpus"]:
+        os.sched_setaffinity(0, request["host_cpus"])
+    module, _, function = request["entry"].rpartition(".")
+    getattr(importlib.import_module(module), function)(request["config"])
+
+
+def run_and_exit(body: Callable[[], None]) -> NoReturn:
+    """Run `body` as all that this forked process does: no clean-up code of the parent's runs."""
+    gc.freeze()  # a collection could close, by number, what belonged to an inherited object
+    status = 1
+    try:
+        body()
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def close_other_descriptors(*kept: int) -> None:
+    """Close all that was inherited but the standard three and `kept`, so that ends of pipes are seen."""
+    low = STDERR + 1
+    for fd in sorted(kept):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _redirect(log: Path) -> None:
+    """Standard input from nowhere, standard output and error into the log file."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(null)
+    os.close(out)
+
+
+def _set_title(title: str, thread_name: str) -> None:
+    from setproctitle import setproctitle
+
+    setproctitle(title)
+    set_thread_name(thread_name)  # after setproctitle, which sets it too

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 
 from launcher import aml
+from launcher.boot_plan import devices_of
+from launcher.config import MachineConfig
 
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"BCKPLN", b"BACKPLAN", b"BKPL"
 TABLES_PA, TABLES_END = 0xE0000, 0x100000  # the BIOS area, searched for the RSDP on 16-byte steps [5.2.5.1]
@@ -24,7 +26,8 @@ FADT_FIX_RTC_ABSENT, FADT_TMR_VAL_EXT, FADT_RESET_REG_SUP = 1 << 6, 1 << 8, 1 <<
 BOOT_LEGACY_DEVICES, BOOT_8042, BOOT_NO_VGA, BOOT_NO_MSI = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 BOOT_NO_CMOS_RTC = 1 << 5
 PM1_EVT_LENGTH, PM1_CNT_LENGTH, PM_TMR_LENGTH = 4, 2, 4
-PM1_CNT_OFFSET, PM_TMR_OFFSET = 4, 8  # in the acpi_pm device's port block
+PM1_CNT_OFFSET, PM_TMR_OFFSET, RESET_OFFSET = 4, 8, 12  # in the acpi_pm device's port block
+RESET_VALUE = 1
 LATENCY_C2_ABSENT, LATENCY_C3_ABSENT = 101, 1001  # microseconds; above 100 and 1000 the state is absent
 CENTURY_CMOS_INDEX = 0x32
 SYSTEM_IO = 1  # address space of a Generic Address Structure [5.2.3.2]
@@ -48,6 +51,32 @@ class AcpiMachine:
     rtc: tuple[int, int] | None = None  # (port, irq)
     ioapic_pa: int | None = None  # given: the machine has APICs, and a MADT
     ioapic_id: int = 1
+
+
+def describe(config: MachineConfig) -> AcpiMachine | None:
+    """The machine file's view of the machine; None without a wired acpi_pm device: then there are no tables."""
+    managers = [device for device in devices_of(config, "acpi_pm") if device.ports and device.irqs]
+    if not managers:
+        return None
+    pm_base = min(managers[0].ports.values())
+
+    def isa(kind: str) -> list[tuple[int, int]]:
+        found = [device for device in devices_of(config, kind) if device.ports and device.irqs]
+        return [(min(device.ports.values()), min(device.irqs.values())) for device in found]
+
+    keyboards, clocks = isa("i8042"), isa("rtc_cmos")
+    ioapics = [device for device in devices_of(config, "ioapic") if device.mmio]
+    with_apic = config.cpu.apic and ioapics
+    return AcpiMachine(
+        pm_base=pm_base,
+        sci_irq=min(managers[0].irqs.values()),
+        reset_port=pm_base + RESET_OFFSET,
+        reset_value=RESET_VALUE,
+        uarts=tuple(isa("uart16550")),
+        keyboard_irq=keyboards[0][1] if keyboards else None,
+        rtc=clocks[0] if clocks else None,
+        ioapic_pa=min(ioapics[0].mmio.values()) if with_apic else None,
+    )
 
 
 def checksum(data: bytes) -> int:
@@ -97,9 +126,9 @@ def facs() -> bytes:
     return struct.pack("<4sI", b"FACS", 64).ljust(64, b"\0")
 
 
-def generic_address(port: int, bits: int) -> bytes:
-    """Generic Address Structure of an I/O port [5.2.3.2]."""
-    return struct.pack("<BBBBQ", SYSTEM_IO, bits, 0, 1, port)
+def generic_address(port: int, length: int, access: int) -> bytes:
+    """Generic Address Structure of `length` bytes of ports, accessed by `access` bytes at a time [5.2.3.2]."""
+    return struct.pack("<BBBBQ", SYSTEM_IO, length * 8, 0, access.bit_length(), port)
 
 
 def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
@@ -117,13 +146,13 @@ def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
     body += struct.pack("<8B", PM1_EVT_LENGTH, PM1_CNT_LENGTH, 0, PM_TMR_LENGTH, 0, 0, 0, 0)
     body += struct.pack("<4H", LATENCY_C2_ABSENT, LATENCY_C3_ABSENT, 0, 0)
     body += struct.pack("<5BHBI", 0, 0, 0, 0, CENTURY_CMOS_INDEX, boot_flags, 0, flags)
-    body += generic_address(machine.reset_port, 8)
+    body += generic_address(machine.reset_port, 1, 1)
     body += struct.pack("<BHB", machine.reset_value, 0, 0)
     body += struct.pack("<QQ", facs_pa, dsdt_pa)
-    body += generic_address(pm, PM1_EVT_LENGTH * 8) + bytes(12)
-    body += generic_address(pm + PM1_CNT_OFFSET, PM1_CNT_LENGTH * 8) + bytes(12)
+    body += generic_address(pm, PM1_EVT_LENGTH, 2) + bytes(12)
+    body += generic_address(pm + PM1_CNT_OFFSET, PM1_CNT_LENGTH, 2) + bytes(12)
     body += bytes(12)
-    body += generic_address(pm + PM_TMR_OFFSET, PM_TMR_LENGTH * 8)
+    body += generic_address(pm + PM_TMR_OFFSET, PM_TMR_LENGTH, 4)
     body += bytes(24)
     assert len(body) == FADT_LENGTH - 36
     return table(b"FACP", FADT_REVISION, body)

@@ -124,6 +124,7 @@ class GrantSocket:
 
     def __init__(self, path: Path, service: MemoryService) -> None:
         self._service = service
+        self._path = path
         self._listener = wire.listen(path)
         self._clients: dict[int, socket.socket] = {}
 
@@ -141,6 +142,7 @@ class GrantSocket:
 
     def close(self) -> None:
         self._listener.close()
+        self._path.unlink(missing_ok=True)
         for client in self._clients.values():
             client.close()
         self._clients.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,10 +52,8 @@ def test_every_page_has_the_type_of_the_last_layer_over_it(overlay: list[tuple[i
     result = e820([Region("ram", Kind.RAM, 0, 32 * 4096)], [(b * 4096, n * 4096, t) for b, n, t in overlay])
     found = {page: t for b, n, t in result for page in range(b // 4096, (b + n) // 4096)}
     assert found == plain
-    assert all(low[0] + low[1] <= high[0] for low, high in zip(result, result[1:], strict=False))
-    assert all(
-        low[0] + low[1] < high[0] or low[2] != high[2] for low, high in zip(result, result[1:], strict=False)
-    )
+    assert all(low[0] + low[1] <= high[0] for low, high in pairwise(result))
+    assert all(low[0] + low[1] < high[0] or low[2] != high[2] for low, high in pairwise(result))
 
 
 def test_regions_survive_plain_data() -> None:

@@ -126,7 +126,9 @@ writes = st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(before=writes, after=writes)
-def test_written_since_a_mark(store: Store, before: list[tuple[int, bytes]], after: list[tuple[int, bytes]]) -> None:
+def test_written_since_a_mark(
+    store: Store, before: list[tuple[int, bytes]], after: list[tuple[int, bytes]]
+) -> None:
     for page, data in before:
         store.write("ram", page * PAGE, data)
     marks = Marks(store)

@@ -14,7 +14,7 @@ Rules
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 PROTOCOL_VERSION = 1
 Direction = Literal["one-way", "request", "reply"]
@@ -30,13 +30,7 @@ class Header:
     clock_ns: int  # CLOCK_MONOTONIC of the sender when it encoded the frame
 
 
-class PostedWrite(NamedTuple):
-    """One register write inside a PostedBatch."""
-
-    region: str
-    offset: int
-    width: int
-    value: int
+PostedWrite = tuple[str, int, int, int]  # region, offset, width, value
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,174 @@
+"""The CPU thread's messages: one Target per device it accesses, and what they share.
+
+A Target keeps the posted writes that wait for it and makes synchronous accesses; Asking holds what is
+common to all targets of one IoClient.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from bus.codec import BadFrame
+from bus.counters import Counters
+from bus.frames import Frame, PostedBatch, PostedWrite, Refused
+from bus.link import Link
+from bus.stream import Stream, id_source
+
+BATCH_WRITES = 64
+BATCH_AGE_NS = 2_000_000
+
+OnLate = Callable[[str, Frame, int], None]  # node, what it was asked, time waited in ns
+R = TypeVar("R", bound=Frame)
+
+log = logging.getLogger(__name__)
+
+
+class DeviceGone(RuntimeError):
+    """A device has not answered, or not taken a frame, within the deadline."""
+
+
+class AccessRefused(RuntimeError):
+    """A device answered an access with Refused, or with a frame that is no answer to it."""
+
+
+class Asking:
+    """Clock, ids, counters and the list of targets with pending writes."""
+
+    def __init__(
+        self, name: str, now_ns: Callable[[], int], deadline_ns: int, on_late: OnLate | None
+    ) -> None:
+        self.now_ns = now_ns
+        self.ids = id_source(name, now_ns())
+        self.counters = Counters()
+        self.waiting: list[Target] = []  # those whose batch isn't empty
+        self.deadline_ns = deadline_ns
+        self.deadline_ms = max(1, deadline_ns // 1_000_000)
+        self._on_late = on_late
+        self.synchronous = self.posted = self.batches = self.refused = 0
+
+    def flush(self) -> None:
+        while self.waiting:
+            self.waiting[-1].send_batch()
+
+    def late(self, node: str, frame: Frame, waited_ns: int) -> None:
+        if self._on_late is None:
+            what = type(frame).__name__
+            raise DeviceGone(f"{node} has not answered {what} within {waited_ns / 1e9:g} s: {frame}")
+        self._on_late(node, frame, waited_ns)
+
+
+class Target:
+    """One device as the CPU thread sees it."""
+
+    __slots__ = ("_asking", "_link", "_stream", "batch", "dirty", "node", "oldest_ns")
+
+    def __init__(self, node: str, link: Link, asking: Asking) -> None:
+        self.node = node
+        self.batch: list[PostedWrite] = []  # always this list: writers hold its append
+        self.oldest_ns = 0  # when the first write entered the batch
+        self.dirty = False  # posted writes may not have taken effect yet
+        self._asking = asking
+        self._link = link
+        self._stream = Stream(asking.counters, asking.now_ns)
+
+    def poster(self, region: str, offset: int, width: int, prompt: bool) -> Callable[[int], None]:
+        """A function that posts a write of this register."""
+        asking, batch, append, now_ns = self._asking, self.batch, self.batch.append, self._asking.now_ns
+
+        def post(value: int) -> None:
+            if not batch:
+                self.dirty = True
+                self.oldest_ns = now_ns()
+                asking.waiting.append(self)
+                append((region, offset, width, value))
+                return
+            append((region, offset, width, value))
+            if len(batch) >= BATCH_WRITES or now_ns() - self.oldest_ns >= BATCH_AGE_NS:
+                self.send_batch()
+
+        def post_promptly(value: int) -> None:
+            post(value)
+            if batch:
+                self.send_batch()
+
+        return post_promptly if prompt else post
+
+    def send_batch(self) -> None:
+        """Send the batch, which must not be empty."""
+        asking, writes = self._asking, tuple(self.batch)
+        self.batch.clear()
+        asking.waiting.remove(self)
+        asking.posted += len(writes)
+        asking.batches += 1
+        span = next(asking.ids)
+        for _ in writes[1:]:  # every write has a span: the batch's and those after it
+            next(asking.ids)
+        self._send(PostedBatch(writes), span)
+
+    def tell(self, frame: Frame) -> None:
+        """A one-way frame, after what was posted."""
+        if self.batch:
+            self.send_batch()
+        self.dirty = True
+        self._send(frame, next(self._asking.ids))
+
+    def ask(self, frame: Frame, answer: type[R]) -> R:
+        """A synchronous access, after everything posted to any device."""
+        asking = self._asking
+        if asking.waiting:
+            asking.flush()
+        asking.synchronous += 1
+        span = next(asking.ids)
+        started_ns = asking.now_ns()
+        self._send(frame, span)
+        reply = self._await(frame, span, started_ns)
+        asking.counters.latency.add(asking.now_ns() - started_ns)
+        self.dirty = False
+        if type(reply) is answer:
+            return reply
+        if isinstance(reply, Refused):
+            asking.refused += 1
+            raise AccessRefused(f"{self.node} refused {frame}: {reply.reason}")
+        raise AccessRefused(f"{self.node} answered {frame} with {reply}")
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _send(self, frame: Frame, span: int) -> None:
+        """Begin a trace with `frame`; waits while the device is far behind."""
+        asking = self._asking
+        data = self._stream.encode(frame, span, span)
+        waited_ns = 0
+        while not self._link.send(data, asking.deadline_ms):
+            waited_ns += asking.deadline_ns
+            asking.late(self.node, frame, waited_ns)
+        while (stray := self._link.receive(0)) is not None:
+            self._take(stray, 0)
+
+    def _await(self, frame: Frame, span: int, started_ns: int) -> Frame:
+        asking = self._asking
+        while True:
+            data = self._link.receive(asking.deadline_ms)
+            if data is None:
+                asking.late(self.node, frame, asking.now_ns() - started_ns)
+            elif (reply := self._take(data, span)) is not None:
+                return reply
+
+    def _take(self, data: bytes, span: int) -> Frame | None:
+        """The frame if it answers `span`; anything else is logged: a refused batch, a late answer."""
+        try:
+            decoded = self._stream.decode(data)
+        except BadFrame as error:
+            log.warning("%s sent a bad frame: %s", self.node, error)
+            return None
+        if decoded is None:
+            return None
+        header, frame = decoded
+        if header.span == span:
+            return frame
+        if isinstance(frame, Refused):
+            self._asking.refused += 1
+        log.warning("%s sent %s, which answers nothing that waits", self.node, frame)
+        return None

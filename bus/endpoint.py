@@ -1,0 +1,216 @@
+"""Endpoint: one node's place on the bus. One thread uses it; the CPU thread has an IoClient of its own.
+
+It waits with select() on the sockets' descriptors instead of zmq_poll(), whose timeouts are whole
+milliseconds: timers of devices are finer than that. A ZMQ_FD only says "look at the events", so the
+events are looked at before every wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from bus.codec import BadFrame
+from bus.counters import Counters
+from bus.frames import Frame, Header, Refused
+from bus.link import dial, make_socket, socket_path
+from bus.stream import Stream, id_source
+
+FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
+LINGER_MS = 1000  # how long close() waits for what was sent to leave
+NEVER_NS = 1 << 62
+NAMES = "latin-1"  # any identity survives the round trip, node names are ASCII
+
+
+class NoReply(RuntimeError):
+    """A peer has not answered a request within its deadline."""
+
+
+class RequestRefused(RuntimeError):
+    """A peer answered a request with Refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A frame that came in.
+
+    `asked`: it came over our ROUTER and reply() can answer it; otherwise it is a peer's answer to us.
+    """
+
+    peer: str
+    header: Header
+    frame: Frame
+    asked: bool
+
+
+class Endpoint:
+    """bind() to be reached, connect() to reach; close() in the end, or use it as a context manager."""
+
+    def __init__(self, run_dir: str | Path, node: str, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self.run_dir = Path(run_dir)
+        self.node = node
+        self.now_ns = now_ns
+        self.counters = Counters()
+        self.ids = id_source(node, now_ns())
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._router: zmq.Socket[bytes] | None = None
+        self._dealers: dict[str, zmq.Socket[bytes]] = {}
+        self._asked: dict[bytes, Stream] = {}  # by the identity of who sends to our ROUTER
+        self._asking: dict[str, Stream] = {}  # by peer that we connected to
+        self._fds: list[int] = []
+
+    def bind(self) -> None:
+        """Make this node reachable. A socket file left by a killed process of the same name is replaced."""
+        path = socket_path(self.run_dir, self.node)
+        router = make_socket(self._context, zmq.ROUTER)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply to nobody is an error, not a silence
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted peer takes its name over
+        router.bind(f"ipc://{path}")
+        path.chmod(0o600)
+        self._router = router
+        self._fds.append(int(router.getsockopt(zmq.FD)))
+
+    def connect(self, peer: str) -> None:
+        """Open the way to a peer, which need not exist yet; sending to it before it does is fine."""
+        if peer in self._dealers:
+            return
+        dealer = dial(self._context, self.run_dir, self.node, peer)
+        self._dealers[peer] = dealer
+        self._asking[peer] = Stream(self.counters, self.now_ns)
+        self._fds.append(int(dealer.getsockopt(zmq.FD)))
+
+    def send(self, peer: str, frame: Frame, trace: int = 0) -> int:
+        """Send to a connected peer; returns the frame's span. A trace of 0 begins a new one."""
+        span = next(self.ids)
+        self._dealers[peer].send(self._asking[peer].encode(frame, trace or span, span))
+        return span
+
+    def reply(self, to: Received, frame: Frame) -> None:
+        """Answer a received frame; if its sender is gone, the answer is counted as unroutable."""
+        self._answer(to.peer.encode(NAMES), frame, to.header.trace, to.header.span)
+
+    def request(self, peer: str, frame: Frame, timeout_ns: int, trace: int = 0) -> Frame:
+        """Send and wait for the answer; what others send meanwhile stays for receive().
+
+        Raises NoReply, RequestRefused. A late answer to an earlier request is dropped.
+        """
+        span = self.send(peer, frame, trace)
+        started_ns = self.now_ns()
+        dealer = self._dealers[peer]
+        while (left_ns := started_ns + timeout_ns - self.now_ns()) >= 0:
+            if not _readable(dealer):
+                select.select([int(dealer.getsockopt(zmq.FD))], [], [], left_ns / 1e9)
+                if not _readable(dealer):
+                    continue
+            received = self._from_dealer(peer, dealer)
+            if received is None or received.header.span != span:
+                continue
+            self.counters.latency.add(self.now_ns() - started_ns)
+            if isinstance(received.frame, Refused):
+                raise RequestRefused(f"{peer} refused {type(frame).__name__}: {received.frame.reason}")
+            return received.frame
+        raise NoReply(f"{peer} has not answered {type(frame).__name__} within {timeout_ns / 1e9:g} s")
+
+    def wait(
+        self, timeout_ns: int | None, read_fds: Iterable[int] = (), write_fds: Iterable[int] = ()
+    ) -> tuple[set[int], set[int]]:
+        """Wait until a frame can be received, a descriptor is ready or the time is over (None: no limit).
+
+        Returns the readable and the writable ones among the descriptors given.
+        """
+        read, write = list(read_fds), list(write_fds)
+        if self._any_readable():
+            timeout_ns = 0
+        timeout_s = None if timeout_ns is None or timeout_ns >= NEVER_NS else max(timeout_ns, 0) / 1e9
+        readable, writable, _ = select.select([*self._fds, *read], write, [], timeout_s)
+        return set(readable).intersection(read), set(writable)
+
+    def receive(self) -> Iterator[Received]:
+        """What has arrived, without waiting: up to FAIR_SHARE frames per socket.
+
+        Malformed frames are counted, and refused where they came over the ROUTER.
+        """
+        if self._router is not None:
+            for _ in range(FAIR_SHARE):
+                if not _readable(self._router):
+                    break
+                received = self._from_router(self._router)
+                if received is not None:
+                    yield received
+        for peer, dealer in self._dealers.items():
+            for _ in range(FAIR_SHARE):
+                if not _readable(dealer):
+                    break
+                received = self._from_dealer(peer, dealer)
+                if received is not None:
+                    yield received
+
+    def stats(self) -> dict[str, Any]:
+        return self.counters.to_plain()
+
+    def close(self) -> None:
+        """Let what was sent leave, for up to LINGER_MS per socket, and remove the socket file."""
+        for dealer in self._dealers.values():
+            dealer.close(linger=LINGER_MS)
+        if self._router is not None:
+            self._router.close(linger=LINGER_MS)
+            with contextlib.suppress(FileNotFoundError):
+                socket_path(self.run_dir, self.node).unlink()
+        self._context.term()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _any_readable(self) -> bool:
+        if self._router is not None and _readable(self._router):
+            return True
+        return any(map(_readable, self._dealers.values()))
+
+    def _from_router(self, router: zmq.Socket[bytes]) -> Received | None:
+        identity, *parts = router.recv_multipart()
+        stream = self._asked.get(identity)
+        if stream is None:
+            stream = self._asked[identity] = Stream(self.counters, self.now_ns)
+        try:
+            decoded = stream.decode(parts[0] if len(parts) == 1 else b"")
+        except BadFrame as error:
+            header = error.header or Header(0, 0, 0, 0)
+            self._answer(identity, Refused(str(error)), header.trace, header.span)
+            return None
+        if decoded is None:
+            return None
+        header, frame = decoded
+        self.counters.latency.add(self.now_ns() - header.clock_ns)
+        return Received(identity.decode(NAMES), header, frame, asked=True)
+
+    def _from_dealer(self, peer: str, dealer: zmq.Socket[bytes]) -> Received | None:
+        parts = dealer.recv_multipart()
+        try:
+            decoded = self._asking[peer].decode(parts[0] if len(parts) == 1 else b"")
+        except BadFrame:
+            return None  # counted; an answer gets no answer
+        return None if decoded is None else Received(peer, *decoded, asked=False)
+
+    def _answer(self, identity: bytes, frame: Frame, trace: int, span: int) -> None:
+        assert self._router is not None
+        data = self._asked[identity].encode(frame, trace, span)
+        try:
+            self._router.send_multipart((identity, data))
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.counters.unroutable += 1
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

@@ -1,0 +1,99 @@
+"""Sockets of the bus: where a node's socket lies, and a Link, the asking side of one pair of nodes.
+
+Every node binds one ZeroMQ ROUTER at `<run_dir>/<node>.ipc`; who wants something of it connects a DEALER
+whose identity is the asker's name. Left out: tcp:// with CURVE keys (devices on another host).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+HIGH_WATER = 1000  # frames waiting on one way; then the sender waits: a device that lags slows its askers
+RECONNECT_MS = 5  # a node's socket that doesn't exist yet is tried again after this, backing off to
+RECONNECT_MAX_MS = 100
+PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes with the final 0
+
+
+class BadRunDir(ValueError):
+    """A run directory whose sockets would have too long a path."""
+
+
+def socket_path(run_dir: str | Path, node: str) -> Path:
+    """The path of a node's socket; BadRunDir where the kernel could not take it."""
+    path = Path(run_dir) / f"{node}.ipc"
+    if len(str(path).encode()) > PATH_MAX:
+        raise BadRunDir(f"socket path {path} is longer than {PATH_MAX} bytes: use a shorter run directory")
+    return path
+
+
+def make_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
+    """A socket with the options that all of ours share."""
+    socket: zmq.Socket[bytes] = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    socket.setsockopt(zmq.LINGER, 0)
+    return socket
+
+
+def dial(context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: str) -> zmq.Socket[bytes]:
+    """A DEALER connected to `peer`, which need not be there yet."""
+    socket = make_socket(context, zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.connect(f"ipc://{socket_path(run_dir, peer)}")
+    return socket
+
+
+class Link(Protocol):
+    """The asking side of a pair of nodes, for one thread."""
+
+    def send(self, data: bytes, timeout_ms: int) -> bool:
+        """Send; False, and nothing sent, when the peer is HIGH_WATER frames behind and stays so."""
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        """The next frame from the peer; None when none came in time (0 = only look)."""
+
+    def close(self) -> None: ...
+
+
+class ZmqLink:
+    """A Link over a DEALER."""
+
+    __slots__ = ("_socket", "_timeout_ms")
+
+    def __init__(self, context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: str) -> None:
+        self._socket = dial(context, run_dir, identity, peer)
+        self._timeout_ms = -1
+
+    def send(self, data: bytes, timeout_ms: int) -> bool:
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            return self._send_blocking(data, timeout_ms)
+        return True
+
+    def _send_blocking(self, data: bytes, timeout_ms: int) -> bool:
+        self._socket.setsockopt(zmq.SNDTIMEO, timeout_ms)
+        try:
+            self._socket.send(data)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        try:
+            if timeout_ms == 0:
+                return self._socket.recv(zmq.DONTWAIT)
+            if timeout_ms != self._timeout_ms:
+                self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+                self._timeout_ms = timeout_ms
+            return self._socket.recv()
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        self._socket.close()

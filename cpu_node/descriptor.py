@@ -44,7 +44,8 @@ NEVER = -1  # Segment.data_cpl of a segment that no data register may hold
 class Segment:
     """A segment register: the visible selector and the hidden descriptor cache.
 
-    `limit` is in bytes, granularity applied. n bytes at offset o are inside iff lowest <= o <= highest + 1 - n.
+    `limit` is in bytes, granularity applied. n bytes at offset o are inside iff lowest <= o and
+    o + n - 1 <= highest; nothing is inside an unusable one.
     """
 
     selector: int
@@ -89,7 +90,12 @@ def build(selector: int, base: int, limit: int, rights: int, usable: bool = True
     expand_down = data and bool(kind & TYPE_EXPAND_DOWN_OR_CONFORMING)
     readable = usable and (data or bool(kind & TYPE_WRITABLE_OR_READABLE)) and not system
     writable = usable and data and bool(kind & TYPE_WRITABLE_OR_READABLE)
-    lowest, highest = (limit + 1, 0xFFFFFFFF if big else 0xFFFF) if expand_down else (0, limit)
+    if not usable:
+        lowest, highest = 0, -1
+    elif expand_down:
+        lowest, highest = limit + 1, 0xFFFFFFFF if big else 0xFFFF
+    else:
+        lowest, highest = 0, limit
     flat = usable and base == 0 and lowest == 0 and highest == 0xFFFFFFFF
     if not readable or not present:
         data_cpl = NEVER
@@ -122,6 +128,18 @@ def parse(selector: int, raw: int) -> Segment:
 def null(selector: int, dpl: int = 0) -> Segment:
     """An unusable segment register: selectors 0 to 3."""
     return build(selector, 0, 0, dpl << RIGHTS_DPL_SHIFT | RIGHTS_S, usable=False)
+
+
+@lru_cache(maxsize=1024)
+def real_mode(selector: int, limit: int, big: bool) -> Segment:
+    """A segment loaded with PE = 0: the base is selector * 16; limit and D/B stay what they were."""
+    return build(selector, selector << 4, limit, 0x93 | (RIGHTS_BIG if big else 0))
+
+
+@lru_cache(maxsize=64)
+def flat(selector: int, rights: int) -> Segment:
+    """A 4 GiB segment that no descriptor backs: SYSENTER and SYSEXIT [5.8.7]."""
+    return build(selector, 0, 0xFFFFFFFF, rights)
 
 
 @lru_cache(maxsize=1024)

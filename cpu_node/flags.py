@@ -13,3 +13,18 @@ RF, VM, AC, VIF, VIP, ID = 0x01_0000, 0x02_0000, 0x04_0000, 0x08_0000, 0x10_0000
 FIXED = 0x0002  # bit 1 reads as one, bits 3, 5, 15 and 22..31 as zero
 STATUS = CF | PF | AF | ZF | SF | OF
 DEFINED = STATUS | TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID
+
+
+def popf_merged(old: int, value: int, cpl: int, size: int) -> int:
+    """EFLAGS after POPF (size 2) or POPFD (size 4) of `value`; the caller has refused V86 with IOPL < 3."""
+    changeable = STATUS | TF | DF | NT
+    if size == 4:
+        changeable |= AC | ID
+    if cpl == 0:
+        changeable |= IOPL
+    if cpl <= (old & IOPL) >> IOPL_SHIFT:
+        changeable |= IF
+    kept = old & ~changeable
+    if size == 4:
+        kept &= ~RF
+    return kept | value & changeable | FIXED

@@ -59,12 +59,16 @@ class FlatMemory(LinearMemory):
     def _read(self, va: int, length: int, user: bool) -> int:
         self._check(va, length, user, write=False)
         start = va % self.size
-        return int.from_bytes(self.data[start : start + length], "little")
+        piece = self.data[start : start + length]
+        return int.from_bytes(piece + self.data[: length - len(piece)], "little")
 
     def _write(self, va: int, value: int, length: int, user: bool) -> None:
         self._check(va, length, user, write=True)
         start = va % self.size
-        self.data[start : start + length] = value.to_bytes(length, "little")
+        head = min(length, self.size - start)
+        piece = value.to_bytes(length, "little")
+        self.data[start : start + head] = piece[:head]
+        self.data[: length - head] = piece[head:]
 
     def read8(self, va: int, user: bool = False) -> int:
         return self._read(va, 1, user)

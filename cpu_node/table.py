@@ -59,7 +59,7 @@ class Row:
     @property
     def rm_operand(self) -> str:
         """The operand that ModRM.rm names, or ''."""
-        return next((o for o in self.operands if o[0] in RM_LETTERS), "")
+        return next((o for o in self.operands if o[0] in RM_LETTERS and o not in _NOT_MODRM), "")
 
     @property
     def has_modrm(self) -> bool:

@@ -155,12 +155,12 @@ class Endpoint:
     def stats(self) -> dict[str, Any]:
         return self.counters.to_plain()
 
-    def close(self) -> None:
-        """Let what was sent leave, for up to LINGER_MS per socket, and remove the socket file."""
+    def close(self, linger_ms: int = LINGER_MS) -> None:
+        """Let what was sent leave, for up to `linger_ms` per socket, and remove the socket file."""
         for dealer in self._dealers.values():
-            dealer.close(linger=LINGER_MS)
+            dealer.close(linger=linger_ms)
         if self._router is not None:
-            self._router.close(linger=LINGER_MS)
+            self._router.close(linger=linger_ms)
             with contextlib.suppress(FileNotFoundError):
                 socket_path(self.run_dir, self.node).unlink()
         self._context.term()

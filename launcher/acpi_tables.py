@@ -54,7 +54,7 @@ class AcpiMachine:
 
 
 def describe(config: MachineConfig) -> AcpiMachine | None:
-    """The machine file's view of the machine; None without a wired acpi_pm device: then there are no tables."""
+    """What the machine file says; None without a wired acpi_pm device: then there are no tables."""
     managers = [device for device in devices_of(config, "acpi_pm") if device.ports and device.irqs]
     if not managers:
         return None
@@ -79,7 +79,7 @@ def describe(config: MachineConfig) -> AcpiMachine | None:
     )
 
 
-def checksum(data: bytes) -> int:
+def checksum(data: bytes | bytearray) -> int:
     """The byte which makes the sum of all bytes 0 modulo 256."""
     return -sum(data) & 0xFF
 
@@ -108,14 +108,10 @@ def dsdt(machine: AcpiMachine) -> bytes:
         )
     if machine.keyboard_irq is not None:
         crs = aml.resources(aml.io_port(0x60, 1), aml.io_port(0x64, 1), aml.irq(machine.keyboard_irq))
-        devices.append(
-            aml.device("KBD", aml.name("_HID", aml.eisa_id("PNP0303")), aml.name("_CRS", crs))
-        )
+        devices.append(aml.device("KBD", aml.name("_HID", aml.eisa_id("PNP0303")), aml.name("_CRS", crs)))
     if machine.rtc is not None:
         crs = aml.resources(aml.io_port(machine.rtc[0], 2), aml.irq(machine.rtc[1]))
-        devices.append(
-            aml.device("RTC", aml.name("_HID", aml.eisa_id("PNP0B00")), aml.name("_CRS", crs))
-        )
+        devices.append(aml.device("RTC", aml.name("_HID", aml.eisa_id("PNP0B00")), aml.name("_CRS", crs)))
     slp_typ = aml.integer(S5_SLP_TYP)
     s5 = aml.name("_S5", aml.package(slp_typ, slp_typ, aml.integer(0), aml.integer(0)))
     return table(b"DSDT", 1, aml.root_scope("_SB", *devices) + s5)
@@ -127,7 +123,7 @@ def facs() -> bytes:
 
 
 def generic_address(port: int, length: int, access: int) -> bytes:
-    """Generic Address Structure of `length` bytes of ports, accessed by `access` bytes at a time [5.2.3.2]."""
+    """Generic Address Structure of `length` bytes of ports, `access` at a time [5.2.3.2]."""
     return struct.pack("<BBBBQ", SYSTEM_IO, length * 8, 0, access.bit_length(), port)
 
 
@@ -148,7 +144,7 @@ def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
     body += struct.pack("<5BHBI", 0, 0, 0, 0, CENTURY_CMOS_INDEX, boot_flags, 0, flags)
     body += generic_address(machine.reset_port, 1, 1)
     body += struct.pack("<BHB", machine.reset_value, 0, 0)
-    body += struct.pack("<QQ", facs_pa, dsdt_pa)
+    body += struct.pack("<QQ", 0, dsdt_pa)  # X_FIRMWARE_CTRL only where FIRMWARE_CTRL is 0
     body += generic_address(pm, PM1_EVT_LENGTH, 2) + bytes(12)
     body += generic_address(pm + PM1_CNT_OFFSET, PM1_CNT_LENGTH, 2) + bytes(12)
     body += bytes(12)

@@ -27,6 +27,7 @@ from launcher.boot_plan import (
 )
 from launcher.config import LinuxBoot, MachineConfig
 from launcher.errors import ConfigError
+from memory_node.regions import E820_RAM
 
 ZERO_PAGE_PA = 0x90000
 COMMAND_LINE_PA = 0x91000  # up to the EBDA
@@ -69,7 +70,7 @@ def read_header(kernel: bytes, file: Path) -> SetupHeader:
         raise refuse("is no bzImage (no HdrS at 0x202)")
     (protocol,) = struct.unpack_from("<H", kernel, 0x206)
     if protocol < OLDEST_PROTOCOL:
-        raise refuse(f"has boot protocol {protocol >> 8}.{protocol & 0xFF:02}, older than 2.10 (Linux 2.6.31)")
+        raise refuse(f"has boot protocol {protocol >> 8}.{protocol & 0xFF:02}, older than 2.10")
     setup_sectors = kernel[0x1F1] or 4
     (paragraphs,) = struct.unpack_from("<I", kernel, 0x1F4)
     start = (setup_sectors + 1) * SECTOR
@@ -120,13 +121,9 @@ def prepare_linux(config: MachineConfig, boot: LinuxBoot) -> BootPlan:
         top = min(memory_end, header.initrd_addr_max + 1, BELOW_4G_LOWMEM)
         initrd_pa = (top - initrd_size) & ~0xFFF
         if initrd_pa < kernel_end:
-            room = max(0, top - kernel_end) >> 10
-            raise ConfigError(
-                boot.initrd,
-                "",
-                f"does not fit into {memory_end >> 20} MiB of memory ({initrd_size >> 10} KiB, room for {room} KiB)",
-                "give the machine more memory",
-            )
+            room = f"{max(0, top - kernel_end) >> 10} KiB of {memory_end >> 20} MiB are free for it"
+            problem = f"does not fit into memory ({initrd_size >> 10} KiB, {room})"
+            raise ConfigError(boot.initrd, "", problem, "give the machine more memory")
         images.append((initrd_pa, initrd))
     rsdp_pa = 0
     machine = acpi_tables.describe(config)
@@ -138,15 +135,14 @@ def prepare_linux(config: MachineConfig, boot: LinuxBoot) -> BootPlan:
     return BootPlan(images, start_state(header.code32_start, STACK_PA, ZERO_PAGE_PA), e820)
 
 
-def zero_page(
-    header: SetupHeader, e820: list[E820Range], initrd: tuple[int, int], rsdp_pa: int
-) -> bytes:
+def zero_page(header: SetupHeader, e820: list[E820Range], initrd: tuple[int, int], rsdp_pa: int) -> bytes:
     """struct boot_params [zero-page.rst]: 0 but for what is filled in here."""
     if len(e820) > E820_MAX:
         raise ValueError(f"{len(e820)} memory ranges, the zero page holds {E820_MAX}")
     page = bytearray(4096)
     page[0x1F1 : 0x1F1 + len(header.raw)] = header.raw
-    extended_kib = max((base + length for base, length, kind in e820 if kind == 1), default=0) - (1 << 20) >> 10
+    ram_end = max(base + length for base, length, kind in e820 if kind == E820_RAM)
+    extended_kib = (ram_end - (1 << 20)) >> 10
     struct.pack_into("<H", page, 0x002, min(extended_kib, 0xFFFF))  # screen_info.ext_mem_k
     struct.pack_into("<Q", page, 0x070, rsdp_pa)  # acpi_rsdp_addr
     struct.pack_into("<I", page, 0x1E0, extended_kib)  # alt_mem_k

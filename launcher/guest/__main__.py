@@ -1,6 +1,6 @@
 """`python -m launcher.guest`: have the guest's kernel and initramfs in build/guest.
 
-Prints nothing when all is there, else one line per long step. Exit status 2 and one line when apt can't be had.
+Prints nothing when all is there, else one line per long step; where apt can't be had, one line and status 2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.errors import LauncherError
+from launcher.errors import EXIT_INPUT, LauncherError
 from launcher.guest import initramfs
 from launcher.guest.apt import GuestUnavailable
 from launcher.guest.fetch import fetch, locked
@@ -26,7 +26,7 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launcher.guest", description="Fetch and build the guest.")
+    parser = argparse.ArgumentParser(prog="python -m launcher.guest", description=__doc__)
     parser.add_argument("--dir", type=Path, default=REPO / "build" / "guest", help="where the files go")
     parser.add_argument("--bench", action="store_true", help="also the benchmark initramfs (needs gcc -m32)")
     options = parser.parse_args()
@@ -35,6 +35,9 @@ def main() -> int:
     except LauncherError as e:
         print(e, file=sys.stderr)
         return e.exit_status
+    except OSError as e:
+        print(f"guest: {e.filename}: {e.strerror}; make it writable or name another folder", file=sys.stderr)
+        return EXIT_INPUT
     except KeyboardInterrupt:
         return 130
     return 0

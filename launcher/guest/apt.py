@@ -34,6 +34,11 @@ Acquire::IndexTargets::deb-src::Sources::DefaultEnabled "false";
 """
 
 
+HELLO_RUNS = "`launcher up machines/hello.toml` needs no guest files"
+
+Finished = subprocess.CompletedProcess[str]
+
+
 class GuestUnavailable(LauncherError):
     """The guest's files can't be had: what went wrong and what to do, in one line."""
 
@@ -77,7 +82,7 @@ def download_from_system(package: str, folder: Path) -> Path:
     return _download([], package, folder, False)
 
 
-def run_apt(command: Sequence[str], cwd: Path | None = None, show: bool = False) -> subprocess.CompletedProcess[str]:
+def run_apt(command: Sequence[str], cwd: Path | None = None, show: bool = False) -> Finished:
     """Run an apt program in the C locale; its status is the caller's to judge."""
     try:
         return subprocess.run(
@@ -91,7 +96,7 @@ def run_apt(command: Sequence[str], cwd: Path | None = None, show: bool = False)
             check=False,
         )
     except FileNotFoundError as e:
-        remedy = "this needs Debian or Ubuntu; `launcher up machines/hello.toml` needs no guest files"
+        remedy = f"this needs Debian or Ubuntu; {HELLO_RUNS}"
         raise GuestUnavailable(f"{command[0]} is not on this machine", remedy) from e
 
 
@@ -120,7 +125,7 @@ def _debian_address() -> str | None:
     """The address of a Debian archive in the system's sources, if there is one."""
     done = run_apt(["apt-get", "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)"])
     for line in done.stdout.splitlines():
-        origin, label, uri = (line.split() + ["", "", ""])[:3]
+        origin, label, uri = [*line.split(), "", "", ""][:3]
         if (origin, label) == ("Debian", "Debian"):
             return uri
     return None
@@ -153,7 +158,7 @@ def _download(options: Sequence[str], package: str, folder: Path, show: bool) ->
     found = sorted(folder.glob(pattern))
     if done.returncode != 0 or not found:
         problem = complaint(done.stderr) or f"apt-get ended with status {done.returncode}"
-        remedy = "try again later, or correct apt's sources; `launcher up machines/hello.toml` needs no guest files"
+        remedy = f"try again later, or correct apt's sources; {HELLO_RUNS}"
         raise GuestUnavailable(f"{package} cannot be downloaded ({problem})", remedy)
     return found[0]
 
@@ -161,5 +166,5 @@ def _download(options: Sequence[str], package: str, folder: Path, show: bool) ->
 def _extra_targets() -> list[str]:
     """Index files other than package lists which the system's apt also fetches (icons, command names)."""
     done = run_apt(["apt-config", "dump", "Acquire::IndexTargets::deb"])
-    targets = re.findall(r'^Acquire::IndexTargets::deb::([^: ]+)::MetaKey', done.stdout, re.MULTILINE)
+    targets = re.findall(r"^Acquire::IndexTargets::deb::([^: ]+)::MetaKey", done.stdout, re.MULTILINE)
     return [target for target in targets if target != "Packages"]

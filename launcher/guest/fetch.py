@@ -1,7 +1,8 @@
 """Debian's own i386 kernel and busybox, fetched through apt and kept with a manifest.
 
-In the folder (build/guest): `vmlinuz`, `busybox`, `manifest.json` (package, version, size, SHA-256 of both) and
-apt's private state under `apt/`. A second call finds files that equal the manifest and touches no network.
+In the folder (build/guest): `vmlinuz`, `busybox`, `manifest.json` (package, version, size, SHA-256 of
+both) and, while fetching, apt's private state under `apt/`. A second call finds files that
+equal the manifest and touches no network.
 Left out: kernel modules (drivers the machine needs are built into this kernel).
 """
 
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher.guest.apt import GuestUnavailable, PrivateApt, debian_sources
+from launcher.guest.apt import HELLO_RUNS, GuestUnavailable, PrivateApt, debian_sources
 
 KERNEL_PACKAGE = re.compile(r"linux-image-([0-9.]+)-([0-9]+)-686")  # neither -pae, -rt nor -dbg
 KERNEL_MEMBER = re.compile(r"\./boot/vmlinuz-.+")
@@ -113,7 +114,7 @@ def _choose(folder: Path, say: Say, sources: Path | None) -> tuple[PrivateApt, s
         complaint = apt.update() or complaint
         kernel = newest(apt.package_names(KERNEL_PACKAGE))
     if kernel is None:
-        remedy = "see that `apt-get update` works here; `launcher up machines/hello.toml` needs no guest files"
+        remedy = f"see that `apt-get update` works here; {HELLO_RUNS}"
         raise GuestUnavailable(f"apt offers no linux-image-*-686 ({complaint or 'no complaint'})", remedy)
     if complaint:
         say(f"using the lists apt has ({complaint})")
@@ -122,7 +123,8 @@ def _choose(folder: Path, say: Say, sources: Path | None) -> tuple[PrivateApt, s
 
 def unpack(deb: Path, member: re.Pattern[str], target: Path) -> None:
     """Write the package's one regular file whose name matches, without unpacking the rest."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         data = None
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:

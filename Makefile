@@ -1,0 +1,62 @@
+# `make run` boots Linux in this terminal, `make test` checks everything. Neither needs root.
+# CONTRIBUTING.md says more about the targets.
+
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+    $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup guest guest-bench run hello test lint bench-boot clean distclean
+
+help:
+	@echo "make run         set up, fetch the guest, boot it in this terminal"
+	@echo "make hello       set up and run the small assembly guest (needs no download of a guest)"
+	@echo "make test        set up, fetch the guest, ruff, mypy, all tests"
+	@echo "make setup       the set-up alone: $(VENV) with $(VENV)/bin/launcher"
+	@echo "make guest       fetch and build the guest alone, into build/guest"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
+	@echo "make clean       remove what was built; distclean: the virtual environment too"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one or say make PYTHON=..." >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) >/dev/null || \
+	    { rm -rf $(VENV); echo "$(PYTHON) can make no virtual environment; install python3-venv" >&2; exit 2; }
+	@echo "setup: installing into $(VENV)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+guest: setup
+	@$(PY) -m launcher.guest
+
+guest-bench: setup
+	@$(PY) -m launcher.guest --bench
+
+run: guest
+	@$(VENV)/bin/launcher up machines/linux.toml
+
+hello: setup
+	@$(VENV)/bin/launcher up machines/hello.toml
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+# Without the guest its tests fail, the others still tell something.
+test: lint
+	@$(PY) -m launcher.guest --bench || true
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+bench-boot: guest
+	@$(PY) -m bench.boot $(BENCH_ARGS)
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+distclean: clean
+	rm -rf $(VENV)

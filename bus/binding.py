@@ -19,7 +19,7 @@ from bus.ranges import Space
 OnOpenBus = Callable[[Space, int, int, bool, int], None]  # space, address, width, is_write, value
 Reader = Callable[[], int]
 Writer = Callable[[int], None]
-F = TypeVar("F", Reader, Writer)
+F = TypeVar("F")
 
 
 class Bindings(dict[int, F]):

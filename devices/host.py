@@ -1,0 +1,230 @@
+"""The process of one device: one loop around one Slot.
+
+A turn: wait for a frame, a descriptor of a back end, a signal or the earliest timer; run what is due. Frames
+are answered in order of arrival, one sender's frames in the order in which it sent them.
+The loop ends after Shutdown or SIGTERM: what has arrived is still handled, consoles are flushed, exit 0.
+A device that raises is broken: the launcher gets an Event "device-error" with one line, exit 1.
+Left out: swap, checkpoints, replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import signal
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bus.endpoint import Endpoint, Received
+from bus.frames import ApicMessage, Event, Frame, Intr, Line, Refused, Shutdown, Stats, StatsReply
+from bus.grants import attach
+from bus.mirror import MirrorWriter, page_of, slots
+from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
+from devices.registry import load_class, make_settings
+from devices.slot import Slot
+
+MIRROR_REGION = "mirror"
+FLUSH_S = 5.0  # how long an attached console may take for the last bytes
+CONSOLE_SOCKET = "console-{node}.sock"
+
+log = logging.getLogger(__name__)
+
+
+class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the launcher says to one device process."""
+
+    node: str
+    run_dir: str
+    machine: str
+    type: str  # for devices/registry.py; file paths absolute
+    settings: dict[str, Any] = {}
+    irqs: dict[str, int] = {}  # line -> ISA IRQ
+    controllers: list[str] = []  # nodes that get this device's Line frames
+    cpus: list[str] = []  # CPU nodes; the first one is the boot processor
+    launcher: str = "launcher"
+    mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
+    log_level: str = "warning"
+
+
+class Host:
+    """One device on the bus. Also the Outside of its Slot."""
+
+    def __init__(self, config: HostConfig) -> None:
+        self._config = config
+        cls = load_class(config.type)
+        settings = make_settings(cls, config.settings)
+        self._endpoint = Endpoint(config.run_dir, config.node)
+        self._endpoint.bind()
+        for peer in dict.fromkeys([*config.controllers, *config.cpus, config.launcher]):
+            self._endpoint.connect(peer)
+        self._trace = 0
+        self._stopping = False
+        self._channels = cls.CHANNELS
+        self._backends: dict[str, BackEnd] = {
+            channel.sends: self._back_end(getattr(settings, channel.setting)) for channel in cls.CHANNELS
+        }
+        self._slot = Slot(
+            config.node,
+            cls,
+            settings,
+            config.irqs,
+            self,
+            self._endpoint.now_ns,
+            self._mirror_writer(slots((*cls.PORTS, *cls.MMIO))),
+        )
+        self._wake, self._wake_signal = socket.socketpair()
+        self._wake.setblocking(False)
+        self._wake_signal.setblocking(False)
+
+    def stop(self) -> None:
+        """End the loop soon; may be called from a signal handler."""
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):
+            self._wake_signal.send(b"\0")
+
+    def run(self) -> int:
+        """The loop; returns the exit status."""
+        try:
+            self._tell_launcher(Event("ready", self._config.node))
+            while not self._stopping:
+                self._turn()
+            while self._handle_frames():  # what arrived before the end counts
+                pass
+            return 0
+        except Exception as error:
+            text = f"{self._config.node}: {type(error).__name__}: {' '.join(str(error).split())}"
+            log.error("%s\n%s", text, traceback.format_exc())
+            self._tell_launcher(Event("device-error", text, {"traceback": traceback.format_exc()}))
+            return 1
+        finally:
+            for back_end in self._backends.values():
+                back_end.close(FLUSH_S)
+            self._endpoint.close()
+
+    # --- devices.slot.Outside -----------------------------------------------------------------------
+
+    def to_controllers(self, frame: Line) -> None:
+        for peer in self._config.controllers:
+            self._endpoint.send(peer, frame, self._trace)
+
+    def to_boot_cpu(self, frame: Intr) -> None:
+        if self._config.cpus:
+            self._endpoint.send(self._config.cpus[0], frame, self._trace)
+
+    def to_cpus(self, frame: ApicMessage) -> None:
+        for peer in self._config.cpus:
+            self._endpoint.send(peer, frame, self._trace)
+
+    def to_launcher(self, frame: Event) -> None:
+        self._tell_launcher(frame)
+
+    def output(self, channel: str, data: bytes) -> None:
+        self._backends[channel].write(data)
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        back_ends = self._backends.values()
+        read_fds = [self._wake.fileno(), *(fd for b in back_ends for fd in b.read_fds())]
+        write_fds = [fd for b in back_ends for fd in b.write_fds()]
+        readable, writable = self._endpoint.wait(self._timeout_ns(), read_fds, write_fds)
+        if self._wake.fileno() in readable:
+            self._wake.recv(64)
+        self._trace = 0
+        self._slot.run_timers()
+        self._handle_frames()
+        if readable or writable:
+            for back_end in back_ends:
+                back_end.ready(readable, writable)
+        self._trace = 0
+        self._feed()
+
+    def _timeout_ns(self) -> int | None:
+        deadline_ns = self._slot.next_deadline_ns()
+        return None if deadline_ns is None else max(0, deadline_ns - self._endpoint.now_ns())
+
+    def _handle_frames(self) -> bool:
+        """Handle what has arrived; whether that was anything."""
+        some = False
+        for received in self._endpoint.receive():
+            some = True
+            self._handle(received)
+        return some
+
+    def _handle(self, received: Received) -> None:
+        frame = received.frame
+        if not received.asked:  # an answer: all we send is one-way, so something was refused
+            log.warning("%s answered %s", received.peer, frame)
+            return
+        answer: Frame | None
+        if isinstance(frame, Shutdown):
+            self._stopping = True
+            return
+        if isinstance(frame, Stats):
+            answer = StatsReply({**self._endpoint.stats(), "cpu_ns": time.process_time_ns()})
+        else:
+            self._trace = received.header.trace
+            answer = self._slot.handle(frame)
+        if isinstance(answer, Refused):
+            log.warning("refused %s from %s: %s", frame, received.peer, answer.reason)
+        if answer is not None:
+            self._endpoint.reply(received, answer)
+
+    def _feed(self) -> None:
+        """Give the device as much input as it has room for."""
+        for channel in self._channels:
+            if channel.receives:
+                data = self._backends[channel.sends].take(self._slot.device.room(channel.receives))
+                if data:
+                    self._slot.receive(channel.receives, data)
+
+    def _tell_launcher(self, frame: Event) -> None:
+        self._endpoint.send(self._config.launcher, frame, self._trace)
+
+    def _back_end(self, kind: str) -> BackEnd:
+        match kind:
+            case "console":
+                return ConsoleBackEnd(console_path(self._config.run_dir, self._config.node))
+            case "log":
+                return LogBackEnd(lambda text: self._tell_launcher(Event("log", text)))
+            case "null":
+                return NullBackEnd()
+            case _:
+                raise ValueError(f"{self._config.node}: no back end {kind!r}: use console, log or null")
+
+    def _mirror_writer(self, slot_of: dict[tuple[str, int], int]) -> MirrorWriter | None:
+        index = self._config.mirror_index
+        if index is None or not slot_of:
+            return None
+        fd, size = attach(self._config.run_dir, MIRROR_REGION, writable=True)
+        try:
+            region = memoryview(mmap.mmap(fd, size))
+        finally:
+            os.close(fd)
+        return MirrorWriter(page_of(region, index), slot_of)
+
+
+def console_path(run_dir: str | Path, node: str) -> Path:
+    """The socket of a device's console."""
+    return Path(run_dir) / CONSOLE_SOCKET.format(node=node)
+
+
+def run(config: dict[str, Any]) -> None:
+    """Entry point of a device process; ends with SystemExit(0), or 1 when the device failed.
+
+    `config` has the fields of HostConfig. A config that isn't one, a bad type or bad settings raise before
+    anything is made; the launcher checks them before it starts a machine.
+    """
+    parsed = msgspec.convert(config, HostConfig)
+    logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
+    host = Host(parsed)
+    signal.signal(signal.SIGTERM, lambda number, stack: host.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the launcher's to handle
+    raise SystemExit(host.run())

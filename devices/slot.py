@@ -1,0 +1,303 @@
+"""Slot: one device plugged into the bus; the Wiring it sees, and what each frame does to it.
+
+No socket, clock or file here: devices/host.py runs a Slot in a process, devices/fake.py in a test.
+Effects of an operation (lines, INT, APIC messages, events, bytes) are collected while the device works.
+When it is done the mirror page is published, then they are handed on in order, then comes the answer: who
+sees an effect sees the register values that belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from bus.frames import (
+    ApicMessage,
+    Eoi,
+    Event,
+    Frame,
+    IntAck,
+    IntAckReply,
+    Intr,
+    Line,
+    Load,
+    LoadReply,
+    Ping,
+    Pong,
+    PostedBatch,
+    Read,
+    ReadReply,
+    Refused,
+    Reset,
+    ResetReply,
+    Save,
+    SaveReply,
+    StringIn,
+    StringInReply,
+    StringOut,
+    StringOutReply,
+    Write,
+    WriteReply,
+)
+from bus.mirror import MirrorWriter
+from bus.ranges import IoRange
+from devices.base import Device, StateMismatch
+
+STRING_MAX = 1 << 20  # bytes of one string access
+TIMERS_PER_TURN = 16  # a timer that is always due must not shut out the bus
+
+
+class Outside(Protocol):
+    """Where a device's effects go."""
+
+    def to_controllers(self, frame: Line) -> None: ...
+
+    def to_boot_cpu(self, frame: Intr) -> None: ...
+
+    def to_cpus(self, frame: ApicMessage) -> None: ...
+
+    def to_launcher(self, frame: Event) -> None: ...
+
+    def output(self, channel: str, data: bytes) -> None: ...
+
+
+class BadAccess(ValueError):
+    """A frame asks for a register or a function that the device does not have."""
+
+
+@dataclass(slots=True)
+class _Lines:
+    """Input lines of a controller: who drives each high; the level is the OR of them."""
+
+    drivers: dict[int, set[str]]
+
+    def change(self, frame: Line) -> bool | None:
+        """The line's new level, None if it stays as it was."""
+        drivers = self.drivers.setdefault(frame.irq, set())
+        before = bool(drivers)
+        (drivers.add if frame.level else drivers.discard)(frame.source)
+        return bool(drivers) if bool(drivers) != before else None
+
+    def to_plain(self) -> list[list[Any]]:
+        return [[irq, sorted(sources)] for irq, sources in sorted(self.drivers.items()) if sources]
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> _Lines:
+        return cls({irq: set(sources) for irq, sources in plain})
+
+
+class Slot:
+    """Implements devices.base.Wiring for `device`."""
+
+    def __init__(
+        self,
+        node: str,
+        cls: type[Device[Any]],
+        settings: Any,
+        irqs: Mapping[str, int],
+        outside: Outside,
+        now_ns: Callable[[], int],
+        mirror: MirrorWriter | None,
+    ) -> None:
+        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere."""
+        self.node = node
+        self.now_ns = now_ns
+        self._outside = outside
+        self._irqs = dict(irqs)
+        self._mirror = mirror
+        self._ranges: dict[str, IoRange] = {r.name: r for r in (*cls.PORTS, *cls.MMIO)}
+        self._levels: dict[str, bool] = {}
+        self._intr: bool | None = None  # None: the device has never driven an INT pin
+        self._inputs = _Lines({})
+        self._deadlines: dict[str, int] = {}
+        self._effects: list[Callable[[], None]] = []
+        self.device = cls(self, settings)
+        self.device.reset()
+        self._settle()
+
+    # --- devices.base.Wiring -----------------------------------------------------------------------
+
+    def set_irq(self, line: str, level: bool) -> None:
+        if line not in self.device.IRQS:
+            raise ValueError(f"{self.node} has no line {line!r}")
+        level = bool(level)
+        if self._levels.get(line, False) == level:
+            return
+        self._levels[line] = level
+        self._drive(line, level)
+
+    def send(self, channel: str, data: bytes) -> None:
+        self._effects.append(lambda: self._outside.output(channel, data))
+
+    def set_timer(self, name: str, deadline_ns: int | None) -> None:
+        if deadline_ns is None:
+            self._deadlines.pop(name, None)
+        else:
+            self._deadlines[name] = deadline_ns
+
+    def event(self, kind: str, text: str) -> None:
+        self._effects.append(lambda: self._outside.to_launcher(Event(kind, text)))
+
+    def intr(self, level: bool) -> None:
+        level = bool(level)
+        if level != self._intr:
+            self._intr = level
+            self._effects.append(lambda: self._outside.to_boot_cpu(Intr(level)))
+
+    def apic_message(self, message: ApicMessage) -> None:
+        self._effects.append(lambda: self._outside.to_cpus(message))
+
+    def line_level(self, irq: int) -> bool:
+        return bool(self._inputs.drivers.get(irq))
+
+    # --- what the host calls ------------------------------------------------------------------------
+
+    def handle(self, frame: Frame) -> Frame | None:
+        """Do what a frame asks, hand on the effects, return the answer if there is one.
+
+        Refused for what the device does not have or take; any other exception is the device's own.
+        """
+        try:
+            answer = self._do(frame)
+        except (BadAccess, StateMismatch) as error:
+            answer = Refused(f"{self.node}: {error}")
+        self._settle()
+        return answer
+
+    def receive(self, channel: str, data: bytes) -> None:
+        """Bytes from the host side, no more than device.room(channel)."""
+        self.device.receive(channel, data)
+        self._settle()
+
+    def next_deadline_ns(self) -> int | None:
+        return min(self._deadlines.values(), default=None)
+
+    def run_timers(self) -> None:
+        """Call the timers whose deadlines have come, earliest first, TIMERS_PER_TURN at most."""
+        for _ in range(TIMERS_PER_TURN):
+            if not self._deadlines:
+                return
+            name = min(self._deadlines, key=self._deadlines.__getitem__)
+            if self._deadlines[name] > self.now_ns():
+                return
+            del self._deadlines[name]
+            self.device.timer(name)
+            self._settle()
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _do(self, frame: Frame) -> Frame | None:
+        device = self.device
+        match frame:
+            case Read(region, offset, width):
+                self._check(region, offset, width)
+                return ReadReply(self._read(region, offset, width))
+            case PostedBatch(writes):
+                for region, offset, width, value in writes:
+                    self._check(region, offset, width, value)
+                for region, offset, width, value in writes:
+                    device.write(region, offset, width, value)
+                return None
+            case Write(region, offset, width, value):
+                self._check(region, offset, width, value)
+                device.write(region, offset, width, value)
+                return WriteReply()
+            case StringIn(region, offset, width, count):
+                self._check(region, offset, width)
+                if count * width > STRING_MAX:
+                    raise BadAccess(f"a string of {count} * {width} bytes is too long")
+                values = (self._read(region, offset, width) for _ in range(count))
+                return StringInReply(b"".join(value.to_bytes(width, "little") for value in values))
+            case StringOut(region, offset, width, data):
+                self._check(region, offset, width)
+                if len(data) % width:
+                    raise BadAccess(f"{len(data)} bytes are no string of {width}-byte values")
+                for at in range(0, len(data), width):
+                    value = int.from_bytes(data[at : at + width], "little")
+                    device.write(region, offset, width, value)
+                return StringOutReply()
+            case Line():
+                self._need_controller()
+                level = self._inputs.change(frame)
+                if level is not None:
+                    device.line_in(frame.irq, level)
+                return None
+            case IntAck():
+                self._need_controller()
+                return IntAckReply(device.int_ack() if self._intr else None)
+            case Eoi(vector):
+                self._need_controller()
+                device.eoi(vector)
+                return None
+            case _:
+                return self._control(frame)
+
+    def _control(self, frame: Frame) -> Frame | None:
+        match frame:
+            case Ping():
+                return Pong()
+            case Reset():
+                self.device.reset()
+                return ResetReply()
+            case Save():
+                return SaveReply({"device": self.device.save(), "inputs": self._inputs.to_plain()})
+            case Load(state):
+                self._load(state)
+                return LoadReply()
+            case _:
+                raise BadAccess(f"a device has no use for {type(frame).__name__}")
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if set(state) != {"device", "inputs"}:
+            raise StateMismatch(f"not a saved device: {sorted(state)}")
+        try:
+            inputs = _Lines.from_plain(state["inputs"])
+        except (TypeError, ValueError) as error:
+            raise StateMismatch(f"input lines {state['inputs']!r}: {error}") from error
+        self._deadlines.clear()
+        before, self._inputs = self._inputs, inputs
+        try:
+            self.device.load(state["device"])
+        except StateMismatch:
+            self._inputs = before
+            self.device.drive_lines()
+            raise
+        for line in self.device.IRQS:  # a controller may have missed them: say all levels again
+            self._drive(line, self._levels.get(line, False))
+        if self._intr is not None:
+            level, self._intr = self._intr, None
+            self.intr(level)
+
+    def _drive(self, line: str, level: bool) -> None:
+        irq = self._irqs.get(line)
+        if irq is not None:
+            frame = Line(irq, level, f"{self.node}.{line}")
+            self._effects.append(lambda: self._outside.to_controllers(frame))
+
+    def _settle(self) -> None:
+        if self._mirror is not None:
+            self._mirror.publish(self.device.mirror())
+        if self._effects:
+            effects, self._effects = self._effects, []
+            for effect in effects:
+                effect()
+
+    def _read(self, region: str, offset: int, width: int) -> int:
+        value = self.device.read(region, offset, width)
+        if value >> 8 * width:
+            raise ValueError(f"{self.node}: read of {region}+{offset:#x} gave {value:#x} for {width} bytes")
+        return value
+
+    def _check(self, region: str, offset: int, width: int, value: int = 0) -> None:
+        r = self._ranges.get(region)
+        if r is None:
+            raise BadAccess(f"no region {region!r}")
+        if not r.accepts(offset, width):
+            raise BadAccess(f"region {region!r} takes no {width}-byte access at offset {offset}")
+        if value >> 8 * width:
+            raise BadAccess(f"value {value:#x} does not fit into {width} bytes")
+
+    def _need_controller(self) -> None:
+        if not self.device.CONTROLLER:
+            raise BadAccess("not an interrupt controller")

@@ -5,7 +5,7 @@ Layout, little-endian:
   bytes 0-2047     1024 slots of 2 bytes, one per mirrored register byte, in the order of `slots()`:
                    0 = read it synchronously; 0x4000 | value; 0x8000 | record << 4 | byte of the formula
   bytes 2048-4095  32 formula records of eight 64-bit words: generation (odd while being written), kind,
-                   five parameters, one spare
+                   six parameters
 Left out: a multi-byte register made of single bytes may be seen half updated; only a Counter is whole.
 """
 
@@ -45,15 +45,21 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A one-byte register that changes once: `before` until at_ns, `after` from then on."""
+    """A one-byte register that changes once: `before` until at_ns, `after` from then on.
+
+    The bits of `toggle` are inverted in every other period of `toggle_ns`, counted from clock zero.
+    """
 
     before: int
     after: int
     at_ns: int
     width: int = 1
+    toggle: int = 0
+    toggle_ns: int = 1
 
     def at(self, now_ns: int) -> int:
-        return self.after if now_ns >= self.at_ns else self.before
+        value = self.after if now_ns >= self.at_ns else self.before
+        return value ^ self.toggle if now_ns // self.toggle_ns & 1 else value
 
 
 MirrorValue = int | Counter | Step
@@ -118,9 +124,10 @@ class MirrorWriter:
         at = record * RECORD_WORDS
         generation = self._words[at] & ~1
         if isinstance(value, Counter):
-            words = (KIND_COUNTER, value.base_ns, value.freq_hz, value.mask, value.width, value.start)
+            words = (KIND_COUNTER, value.base_ns, value.freq_hz, value.mask, value.width, value.start, 0)
         else:
-            words = (KIND_STEP, value.before, value.after, value.at_ns, value.width, 0)
+            step = (value.before, value.after, value.at_ns, value.width, value.toggle, value.toggle_ns)
+            words = (KIND_STEP, *step)
         self._words[at] = generation + 1
         for i, word in enumerate(words, start=1):
             self._words[at + i] = word & WORD_MASK
@@ -142,13 +149,13 @@ class MirrorReader:
         generation = self._words[at]
         cached = self._cache.get(record)
         if cached is None or cached[0] != generation:
-            words = self._words[at + 1 : at + 7].tolist()
+            words = self._words[at + 1 : at + RECORD_WORDS].tolist()
             if generation & 1 or self._words[at] != generation:
                 return None
             if words[0] == KIND_COUNTER:
-                formula: Counter | Step = Counter(*words[1:])
+                formula: Counter | Step = Counter(*words[1:6])
             else:
-                formula = Step(*words[1:5])
+                formula = Step(*words[1:])
             cached = self._cache[record] = (generation, formula)
         formula = cached[1]
         if byte + width > formula.width:

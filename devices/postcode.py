@@ -19,28 +19,28 @@ ALL = frozenset({0})
 
 
 @dataclass(frozen=True, slots=True)
-class PostcodeSettings:
+class PostCodeSettings:
     backend: Literal["console", "log", "null"] = "log"
 
 
 @dataclass(slots=True)
-class PostcodeState(DeviceState):
+class PostCodeState(DeviceState):
     VERSION: ClassVar[int] = 1
     code: int = 0
 
 
-class Postcode(Device[PostcodeState]):
+class PostCode(Device[PostCodeState]):
     NAME = "postcode"
     PORTS = (
         PortRange("post", length=1, posted=ALL, mirrored=ALL),
         PortRange("debug", length=1, posted=ALL, mirrored=ALL, relaxed=ALL),
     )
     CHANNELS = (Channel("debug"),)
-    SETTINGS = PostcodeSettings
-    STATE = PostcodeState
+    SETTINGS = PostCodeSettings
+    STATE = PostCodeState
 
     def reset(self) -> None:
-        self.state = PostcodeState()
+        self.state = PostCodeState()
 
     def read(self, region: str, offset: int, width: int) -> int:
         return self.state.code if region == "post" else DEBUG_PRESENT

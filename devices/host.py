@@ -31,6 +31,7 @@ from devices.registry import load_class, make_settings
 from devices.slot import Slot
 
 MIRROR_REGION = "mirror"
+DRAIN_S = 2.0  # a sender that never stops must not keep us
 FLUSH_S = 5.0  # how long an attached console may take for the last bytes
 CONSOLE_SOCKET = "console-{node}.sock"
 
@@ -95,7 +96,8 @@ class Host:
             self._tell_launcher(Event("ready", self._config.node))
             while not self._stopping:
                 self._turn()
-            while self._handle_frames():  # what arrived before the end counts
+            deadline = time.monotonic() + DRAIN_S
+            while self._handle_frames() and time.monotonic() < deadline:  # what came before the end counts
                 pass
             return 0
         except Exception as error:
@@ -137,13 +139,13 @@ class Host:
         readable, writable = self._endpoint.wait(self._timeout_ns(), read_fds, write_fds)
         if self._wake.fileno() in readable:
             self._wake.recv(64)
-        self._trace = 0
+        self._trace = next(self._endpoint.ids)  # what timers cause begins a trace
         self._slot.run_timers()
         self._handle_frames()
         if readable or writable:
             for back_end in back_ends:
                 back_end.ready(readable, writable)
-        self._trace = 0
+        self._trace = next(self._endpoint.ids)  # and so does what the host side causes
         self._feed()
 
     def _timeout_ns(self) -> int | None:

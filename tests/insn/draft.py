@@ -1,0 +1,254 @@
+"""A case being written: which registers are settled, which pages there are, and the code so far.
+
+A register is free (its initial value may still be chosen), known (its value at this point of the code), or
+unknown (some instruction has changed it).  Memory operands are built backwards: first the address that the
+operand shall have, then a form, then the values of the registers in it, as far as those are free.
+
+Source of the encodings: Intel SDM volume 2, 2.1.3 and 2.1.5 (ModRM and SIB).
+Left out: addresses below 64 KiB (a host maps none there for an ordinary user) except as faults.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from tests.insn.state import ESP, PAGE_SIZE, Page
+from tests.insn.values import chance, integer
+
+# Where the pages are.  Around each run of pages nothing is mapped.
+CODE, DATA, STACK, HIGH = 0x20000000, 0x30000000, 0x7F000000, 0xE0001000
+RW_PAGES, READ_ONLY_PAGES = (DATA, DATA + 0x1000, STACK, STACK + 0x1000, HIGH), (DATA + 0x2000,)
+ABSENT = (DATA + 0x3000, DATA - 0x1000, STACK - 0x1000, HIGH + 0x1000)
+STACK_END = STACK + 0x2000
+MASK = 0xFFFFFFFF
+BYTE_REGISTERS = 4  # AL CL DL BL, then AH CH DH BH
+NO_BASE, SIB_FOLLOWS = 5, 4
+
+
+class Draft:
+    def __init__(self, rng: Random, pool: tuple[bytes, ...], code_writable: bool, eip: int) -> None:
+        self.rng = rng
+        self.initial: list[int | None] = [None] * 8
+        self.known: list[int | None] = [None] * 8
+        self.eip = eip
+        self.code = bytearray()
+        self.starts: list[int] = []  # offset of each instruction in code
+        self.relative: list[tuple[int, int, int]] = []  # (offset, size, instruction) of branches not yet resolved
+        self.absolute: list[tuple[int, int]] = []  # (va of a dword in data, instruction) not yet resolved
+        self.eflags = 0
+        self.blind_memory: list[tuple[int, int]] = []
+        self._pool = pool
+        self._pages: dict[int, tuple[bytes | bytearray, bool]] = {}
+        for va in RW_PAGES:
+            self._pages[va] = (rng.choice(pool), True)
+        for va in READ_ONLY_PAGES:
+            self._pages[va] = (rng.choice(pool), False)
+        self.code_writable = code_writable
+
+    # Registers
+
+    def is_free(self, reg: int) -> bool:
+        return self.initial[reg] is None
+
+    def settle(self, reg: int, value: int | None = None) -> int | None:
+        """Give a free register its initial value (by default an interesting one); its value now, if known."""
+        if self.initial[reg] is None:
+            if value is None:
+                value = self._stack_pointer() if reg == ESP else integer(self.rng)
+            self.initial[reg] = self.known[reg] = value & MASK
+        return self.known[reg]
+
+    def spoil(self, reg: int) -> None:
+        """The register is about to change to a value that nobody here computes."""
+        self.settle(reg)
+        self.known[reg] = None
+
+    def move(self, reg: int, by: int) -> None:
+        """The register is about to change by so much."""
+        value = self.settle(reg)
+        self.known[reg] = None if value is None else value + by & MASK
+
+    def _stack_pointer(self) -> int:
+        rng = self.rng
+        kind = rng.randrange(100)
+        if kind < 82:
+            return STACK + 0x1000 + 4 * rng.randint(-0x100, 0x100)
+        if kind < 89:
+            return STACK + 0x1000 + rng.randint(-0x100, 0x100)
+        if kind < 93:
+            return STACK + rng.randint(0, 16)
+        if kind < 97:
+            return STACK_END - rng.randint(0, 16)
+        return DATA + 0x2000 + rng.randint(-8, 0x400)
+
+    # Memory
+
+    def page_of(self, va: int) -> tuple[bytes | bytearray, bool] | None:
+        return self._pages.get(va & -PAGE_SIZE & MASK)
+
+    def poke(self, va: int, data: bytes) -> None:
+        """Put initial contents where pages exist."""
+        for i, byte in enumerate(data):
+            at = va + i & MASK
+            base = at & -PAGE_SIZE
+            entry = self._pages.get(base)
+            if entry is None:
+                continue
+            page, writable = entry
+            if isinstance(page, bytes):
+                page = bytearray(page)
+                self._pages[base] = (page, writable)
+            page[at % PAGE_SIZE] = byte
+
+    def peek(self, va: int, length: int) -> bytes | None:
+        """Initial contents, None where a page is absent."""
+        out = bytearray()
+        for i in range(length):
+            entry = self._pages.get(va + i & -PAGE_SIZE & MASK)
+            if entry is None:
+                return None
+            out.append(entry[0][(va + i) % PAGE_SIZE])
+        return bytes(out)
+
+    def target(self, width: int, aligned: int = 1) -> int:
+        """The address of an operand: mostly within a writable page, at times across pages, read-only or absent."""
+        rng = self.rng
+        width = max(width, 1)
+        kind = rng.randrange(100)
+        if kind < 74:
+            va = rng.choice((DATA, DATA, DATA + 0x1000, HIGH)) + rng.randrange(PAGE_SIZE - width)
+            if chance(rng, 50):
+                va &= -min(width & -width, 16)
+        elif kind < 82:
+            va = DATA + 0x1000 - rng.randint(1, max(width - 1, 1))
+        elif kind < 87:
+            va = DATA + 0x2000 + rng.randrange(PAGE_SIZE - width)
+        elif kind < 91:
+            va = DATA + 0x2000 - rng.randint(1, max(width - 1, 1))
+        elif kind < 95:
+            va = rng.choice((DATA + 0x3000, HIGH + 0x1000, STACK_END)) - rng.randint(0, max(width - 1, 1))
+        elif kind < 97:
+            va = rng.choice((DATA, HIGH)) - rng.randint(1, max(width, 1))
+        elif kind < 99:
+            va = rng.choice(ABSENT) + rng.randrange(PAGE_SIZE)
+        else:
+            va = self.eip & -PAGE_SIZE | rng.randrange(0x800)
+        if aligned > 1 and chance(rng, 85):
+            va &= -aligned
+        return va
+
+    # Addressing
+
+    def modrm_memory(self, reg_field: int, target: int, esp_offset: int = 0) -> bytes:
+        """ModRM, SIB and displacement of an operand at `target`; with ESP as base, ESP has moved by esp_offset."""
+        rng = self.rng
+        for _ in range(4):
+            form = self._form(reg_field, target, esp_offset)
+            if form is not None:
+                return form
+        if rng.getrandbits(1):  # SIB with neither base nor index
+            scale = rng.getrandbits(2) << 6
+            return bytes((reg_field << 3 | SIB_FOLLOWS, scale | 4 << 3 | NO_BASE)) + target.to_bytes(4, "little")
+        return bytes((reg_field << 3 | NO_BASE,)) + target.to_bytes(4, "little")
+
+    def _form(self, reg_field: int, target: int, esp_offset: int) -> bytes | None:
+        rng = self.rng
+        use_sib = chance(rng, 50)
+        base: int | None = rng.randrange(8)
+        index: int | None = None
+        scale = 0
+        if base == ESP:
+            use_sib = True
+        if use_sib:
+            scale = rng.getrandbits(2)
+            index = rng.choice((0, 1, 2, 3, 5, 6, 7, None))
+            if base == NO_BASE and rng.getrandbits(1):
+                base = None
+        mod = 2 if base is None else rng.getrandbits(2) % 3
+        if mod == 0 and base == NO_BASE:
+            mod = 1
+        for reg in (base, index):
+            if reg is not None and self.initial[reg] is not None and self.known[reg] is None:
+                return None
+        disp = self._solve(target, base, index, scale, mod, esp_offset)
+        if disp is None:
+            return None
+        size = 4 if base is None else (0, 1, 4)[mod]
+        field = 0 if base is None else mod << 6
+        disp_bytes = (disp & MASK).to_bytes(4, "little")[:size]
+        if not use_sib:
+            assert base is not None
+            return bytes((field | reg_field << 3 | base,)) + disp_bytes
+        sib = scale << 6 | (4 if index is None else index) << 3 | (NO_BASE if base is None else base)
+        return bytes((field | reg_field << 3 | SIB_FOLLOWS, sib)) + disp_bytes
+
+    def _solve(
+        self, target: int, base: int | None, index: int | None, scale: int, mod: int, esp_offset: int
+    ) -> int | None:
+        """Settles the registers of a form and returns its displacement, None if it can't reach the target."""
+        rng = self.rng
+        disp = 0 if mod == 0 else rng.randint(-128, 127)
+        if mod == 2 and chance(rng, 70):
+            disp = rng.getrandbits(32)
+        if index is not None and index != base:
+            self.settle(index, integer(rng))
+        multiplier = 1 << scale
+        if base is not None and self.is_free(base) and index != base:
+            offset = 0 if index is None else self._value(index) * multiplier
+            if base == ESP:
+                offset += esp_offset
+            self.settle(base, target - offset - disp)
+            return disp
+        total = esp_offset if base == ESP else 0
+        if base is not None:
+            self.settle(base)
+            total += self._value(base)
+        if index is not None:
+            total += self._value(index) * multiplier
+        disp = target - total & MASK
+        if mod == 2:
+            return disp
+        signed = disp - (disp >> 31 << 32)
+        if mod == 1 and -128 <= signed <= 127:
+            return signed
+        return 0 if disp == 0 else None
+
+    def _value(self, reg: int) -> int:
+        value = self.known[reg]
+        assert value is not None
+        return value
+
+    # Code
+
+    @property
+    def here(self) -> int:
+        return self.eip + len(self.code)
+
+    def emit(self, code: bytes) -> None:
+        self.starts.append(len(self.code))
+        self.code += code
+
+    def finish(self, reach: int) -> None:
+        """Resolve branches; instruction numbers past the last mean the HLT after the code, `reach` bytes are there."""
+        for offset, size, number in self.relative:
+            distance = self._address(number, reach) - (self.eip + offset + size)
+            self.code[offset : offset + size] = (distance & MASK).to_bytes(4, "little")[:size]
+        for va, number in self.absolute:
+            self.poke(va, self._address(number, reach).to_bytes(4, "little"))
+
+    def _address(self, number: int, reach: int) -> int:
+        if number < len(self.starts):
+            return self.eip + self.starts[number]
+        return self.eip + len(self.code) + min(number - len(self.starts), reach - 1)
+
+    def pages(self, hlt_filled: bytes, second_code_page: bool) -> tuple[Page, ...]:
+        """All pages, the code written into its own (filled with HLT) or into a data page, followed by HLTs."""
+        code = bytes(self.code)
+        if self.eip & -PAGE_SIZE == CODE:
+            self._pages[CODE] = (hlt_filled, self.code_writable)
+            if second_code_page:
+                self._pages[CODE + PAGE_SIZE] = (hlt_filled, self.code_writable)
+        else:
+            code += hlt_filled[:32]
+        self.poke(self.eip, code)
+        return tuple(Page(va, bytes(data), writable) for va, (data, writable) in sorted(self._pages.items()))

@@ -1,0 +1,29 @@
+"""Which rows the host CPU cannot judge, and why.  Everything else in the table is tested."""
+
+from __future__ import annotations
+
+from cpu_node.table import ROWS, Row
+
+HOST_TABLES = "selectors mean something else on the host"
+HOST_KERNEL = "enters the host kernel"
+EXCLUDED: dict[str, str] = {
+    "rdtsc": "result depends on time",
+    "rdpmc": "result depends on time",
+    "cpuid": "the guest has a CPU model of its own",
+    **dict.fromkeys(("sgdt", "sidt", "sldt", "str", "smsw"), "emulated by the host kernel (UMIP)"),
+    **dict.fromkeys(("lar", "lsl", "verr", "verw", "retf", "iret"), HOST_TABLES),
+    **dict.fromkeys(("les", "lds", "lss", "lfs", "lgs"), HOST_TABLES),
+    **dict.fromkeys(("int", "sysenter", "sysexit"), HOST_KERNEL),
+    "hlt": "ends every case",
+}
+EXCLUDED_KEYS: dict[str, str] = {
+    **dict.fromkeys(("9A", "EA", "FF/3m", "FF/5m", "8E"), HOST_TABLES),
+    **dict.fromkeys(("07", "17", "1F", "0FA1", "0FA9"), HOST_TABLES),
+}
+
+
+def why_excluded(row: Row) -> str | None:
+    return EXCLUDED.get(row.mnemonic) or EXCLUDED_KEYS.get(row.key)
+
+
+TESTED_ROWS = tuple(row for row in ROWS if why_excluded(row) is None)

@@ -1,0 +1,283 @@
+"""What each kind of instruction needs around it to do something: pointers, counts, stack contents, dividends.
+
+Source: Intel SDM volume 2, instruction pages.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from tests.insn.draft import CODE, DATA, HIGH, MASK
+from tests.insn.instance import PREFIX_66, REP, REPNE, Instance
+from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF
+from tests.insn.values import chance, integer
+
+
+def _stack_target(instance: Instance) -> None:
+    """RET: a return address on the stack, most of the time."""
+    draft = instance.draft
+    esp = draft.settle(ESP)
+    if esp is not None and chance(instance.rng, 90) and draft.peek(esp, 4) is not None:
+        draft.absolute.append((esp, len(draft.starts) + 1 + instance.rng.randrange(2)))
+    if instance.row.operands:
+        instance.immediates = instance.rng.choice((0, 4, 8, 3, 0x100, 0xFFFF)).to_bytes(2, "little")
+    draft.spoil(ESP)
+
+
+def _push(instance: Instance) -> None:
+    draft = instance.draft
+    draft.settle(ESP)
+    instance.take_registers()
+    instance.take_immediates()
+    instance.touched.clear()
+    draft_move = -instance.operand_size
+    instance.after.append(lambda: draft.move(ESP, draft_move))
+
+
+def _pop(instance: Instance) -> None:
+    draft = instance.draft
+    draft.settle(ESP)
+    instance.take_registers()
+    if instance.row.action == "popm":
+        instance.esp_offset = instance.operand_size  # the address is computed with ESP already raised [POP]
+    if instance.row.action == "popf":
+        _flags_on_stack(instance)
+    instance.after.append(lambda: draft.move(ESP, instance.operand_size))
+
+
+def _flags_on_stack(instance: Instance) -> None:
+    esp = instance.draft.settle(ESP)
+    if esp is not None and chance(instance.rng, 90):
+        value = instance.rng.getrandbits(16) & (0xFFFF if chance(instance.rng, 20) else ~0x4100)
+        instance.draft.poke(esp, (value | instance.rng.choice((0, 0, 0, 0x200000)) & MASK).to_bytes(4, "little"))
+
+
+def _pusha(instance: Instance) -> None:
+    for reg in range(8):
+        instance.draft.settle(reg)
+    if instance.row.action == "popa":
+        instance.touched = [r for r in range(8) if r != ESP]
+    distance = 8 * instance.operand_size * (1 if instance.row.action == "popa" else -1)
+    instance.after.append(lambda: instance.draft.move(ESP, distance))
+
+
+def _leave(instance: Instance) -> None:
+    draft, rng = instance.draft, instance.rng
+    if draft.is_free(EBP) and chance(rng, 85):
+        draft.settle(EBP, draft._stack_pointer())
+    draft.settle(ESP)
+    instance.touched = [EBP, ESP]
+
+
+def _enter(instance: Instance) -> None:
+    _leave(instance)
+    size = instance.rng.choice((0, 4, 8, 16, 0x20, 0x1000, integer(instance.rng, 16)))
+    level = instance.rng.choice((0, 0, 0, 1, 2, 3, 31, 32, integer(instance.rng, 8)))
+    instance.immediates = struct.pack("<HB", size, level)
+
+
+def _string(instance: Instance) -> None:
+    """MOVS, CMPS, STOS, LODS, SCAS: pointers near each other, near page ends, long and short counts."""
+    draft, rng, row = instance.draft, instance.rng, instance.row
+    name, size = row.mnemonic[:4], 1 if row.mnemonic.endswith("b") else instance.operand_size
+    if chance(rng, 60):
+        instance.rep = rng.choice((REP, REP, REPNE))
+    count = rng.choice((0, 1, 2, 3, rng.randint(0, 20), rng.randint(0, 300), rng.randint(0x400, 0x2000), integer(rng)))
+    if instance.rep:
+        draft.settle(ECX, count)
+        instance.touched.append(ECX)
+    span = min(count, 512) * size
+    backwards = bool(draft.eflags & DF)
+    pointers = []
+    for _ in range(2):
+        kind = rng.randrange(100)
+        base = DATA + rng.randrange(0x2000) if kind < 60 else HIGH + rng.randrange(0x1000)
+        if kind >= 85:
+            edge = rng.choice((DATA, HIGH, DATA + 0x1000)) if backwards else rng.choice((DATA + 0x2000, HIGH + 0x1000))
+            base = edge + rng.randint(-span, span) if span else edge
+        if chance(rng, 50):
+            base &= -4
+        pointers.append(base)
+    source, destination = pointers
+    if chance(rng, 20):
+        destination = source + rng.randint(-8, 8)
+    value = integer(rng)
+    if chance(rng, 70):
+        pattern = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little") * (min(count, 300) + 1)
+        for va in pointers:
+            draft.poke(va - len(pattern) + size if backwards else va, pattern)
+    if name in ("movs", "cmps", "lods"):
+        draft.settle(ESI, source)
+        instance.touched.append(ESI)
+    if name in ("movs", "cmps", "stos", "scas"):
+        draft.settle(EDI, destination)
+        instance.touched.append(EDI)
+    if name in ("stos", "scas", "lods"):
+        draft.settle(EAX, value)
+        instance.touched.append(EAX)
+
+
+def _division(instance: Instance) -> None:
+    draft, rng = instance.draft, instance.rng
+    if chance(rng, 70):
+        high = rng.choice((0, 0, rng.getrandbits(3), MASK, integer(rng)))
+        draft.settle(EDX, high)
+        if instance.is_byte():
+            draft.settle(EAX, integer(rng, 16))
+    _accumulators(instance)
+
+
+def _accumulators(instance: Instance) -> None:
+    instance.draft.settle(EAX)
+    instance.draft.settle(EDX)
+    instance.take_registers()
+    instance.touched += [EAX, EDX]
+
+
+def _compare_exchange(instance: Instance) -> None:
+    """CMPXCHG, CMPXCHG8B: equal half of the time."""
+    draft, rng = instance.draft, instance.rng
+    instance.choose_address()
+    registers = (EAX, EDX, ECX, EBX) if instance.row.mnemonic == "cmpxchg8b" else (EAX,)
+    for reg in registers:
+        draft.settle(reg)
+    if instance.va is not None and rng.getrandbits(1):
+        known = [draft.known[r] for r in registers[:2]]
+        draft.poke(instance.va, b"".join((v or 0).to_bytes(4, "little") for v in known))
+    instance.take_registers()
+    instance.touched += [EAX, EDX]
+
+
+def _bit_string(instance: Instance) -> None:
+    """BT with a bit number in a register reaches beyond the operand."""
+    draft, rng = instance.draft, instance.rng
+    number = rng.choice((rng.getrandbits(5), rng.randint(-300, 300), integer(rng)))
+    value = draft.settle(instance.reg_field, number)
+    if instance.memory and not instance.addr16 and value is not None:
+        bits = 8 * instance.operand_size
+        signed = value - (value >> 31 << 32)
+        if instance.size16:
+            signed = (value & 0xFFFF) - (value >> 15 << 16 & 0x10000)
+        instance.va = draft.target(instance.operand_size) - (signed // bits) * instance.operand_size & MASK
+    instance.take_registers()
+
+
+def _translate(instance: Instance) -> None:
+    draft = instance.draft
+    eax = draft.settle(EAX)
+    if draft.is_free(EBX):
+        draft.settle(EBX, draft.target(1) - ((eax or 0) & 0xFF))
+    instance.touched.append(EAX)
+
+
+def _mask_move(instance: Instance) -> None:
+    instance.draft.settle(EDI, instance.draft.target(16 if instance.row.prefix == PREFIX_66 else 8))
+
+
+def _compare_strings(instance: Instance) -> None:
+    for reg in (EAX, EDX):
+        instance.draft.settle(reg, instance.rng.choice((instance.rng.randint(-20, 20), integer(instance.rng))))
+    instance.take_immediates()
+    instance.touched.append(ECX)
+    instance.draft.settle(ECX)
+
+
+def _shift(instance: Instance) -> None:
+    """Counts, and with the count known which flags are really undefined [SAL/SAR/SHL/SHR, RCL/RCR/ROL/ROR]."""
+    rng, operands = instance.rng, instance.row.operands
+    count = 1
+    if "CL" in operands:
+        value = instance.draft.settle(ECX, rng.choice((rng.randrange(34), integer(rng))))
+        count = (value or 0) & 31 if value is not None else 2
+    elif "Ib" in operands:
+        immediate = rng.choice((rng.randrange(34), integer(rng, 8)))
+        instance.immediates = bytes((immediate,))
+        count = immediate & 31
+    if count == 0:
+        instance.undefined = 0
+    elif count == 1:
+        instance.undefined &= ~OF
+    instance.take_registers()
+
+
+def _branch(instance: Instance) -> None:
+    """Forward to a later instruction or the HLTs; rarely somewhere else; LOOP at times backward."""
+    draft, rng, row = instance.draft, instance.rng, instance.row
+    if row.action == "loop":
+        draft.settle(ECX, rng.choice((0, 1, 2, rng.randrange(8), integer(rng))))
+        instance.touched.append(ECX)
+    if row.action == "call":
+        draft.settle(ESP)
+        instance.after.append(lambda: draft.spoil(ESP))
+    size = 1 if row.operands[0] == "Jb" else instance.operand_size
+    instance.immediates = bytes(size)
+    if chance(rng, 94):
+        number = len(draft.starts) + 1 + rng.randrange(3)
+        instance.after.append(lambda: draft.relative.append((len(draft.code) - size, size, number)))
+    else:
+        instance.immediates = integer(rng, 8 * size).to_bytes(size, "little")
+        if row.action in ("jcc", "jmp", "call") and instance.immediates == (256**size - 2).to_bytes(size, "little"):
+            instance.immediates = bytes(size)  # not to itself
+
+
+def _indirect_branch(instance: Instance) -> None:
+    draft, rng = instance.draft, instance.rng
+    if instance.row.action == "icall":
+        draft.settle(ESP)
+        instance.after.append(lambda: draft.spoil(ESP))
+    number = len(draft.starts) + 1 + rng.randrange(2)
+    instance.choose_address()
+    if instance.va is not None and chance(rng, 95):
+        draft.absolute.append((instance.va, number))
+    elif not instance.memory:
+        # a register: the HLT filling far enough behind the code, or anywhere
+        behind = draft.here + 0x80 + rng.randrange(64) if draft.eip < DATA else CODE + 0x800
+        draft.settle(instance.rm_field, behind if chance(rng, 85) else integer(rng))
+
+
+def _ascii_adjust(instance: Instance) -> None:
+    instance.immediates = bytes((instance.rng.choice((10, 10, 0, 16, integer(instance.rng, 8))),))
+    instance.draft.settle(EAX)
+    instance.touched.append(EAX)
+
+
+def _accumulator(instance: Instance) -> None:
+    instance.draft.settle(EAX)
+    instance.draft.settle(EDX)
+    instance.touched += [EAX, EDX] if instance.row.mnemonic == "cdq" else [EAX]
+
+
+def _mov_immediate(instance: Instance) -> None:
+    instance.take_registers()
+    instance.take_immediates()
+
+
+def _plain(instance: Instance) -> None:
+    instance.take_immediates()
+    if instance.memory and chance(instance.rng, 50):
+        instance.choose_address()
+    instance.take_registers()
+
+
+PREPARE_ACTION: dict[str, Callable[[Instance], None]] = {
+    "ret": _stack_target, "push": _push, "pushimm": _push, "pushm": _push, "pushf": _push, "pushseg": _push,
+    "pop": _pop, "popm": _pop, "popf": _pop, "pusha": _pusha, "popa": _pusha, "leave": _leave, "string": _string,
+    "bitstring": _bit_string, "xlat": _translate, "maskmov": _mask_move, "jcc": _branch, "jmp": _branch,
+    "call": _branch, "loop": _branch, "icall": _indirect_branch, "ijmp": _indirect_branch,
+}  # fmt: skip
+PREPARE_MNEMONIC: dict[str, Callable[[Instance], None]] = {
+    "enter": _enter, "div": _division, "idiv": _division, "mul": _accumulators, "cmpxchg": _compare_exchange,
+    "cmpxchg8b": _compare_exchange, "pcmpestri": _compare_strings, "pcmpestrm": _compare_strings,
+    "pcmpistri": _compare_strings, "pcmpistrm": _compare_strings, "aam": _ascii_adjust, "aad": _ascii_adjust,
+    **dict.fromkeys(("rol", "ror", "rcl", "rcr", "shl", "shr", "sar", "shld", "shrd"), _shift),
+    **dict.fromkeys(("daa", "das", "aaa", "aas", "salc", "sahf", "lahf", "cwde", "cdq"), _accumulator),
+}  # fmt: skip
+
+
+def prepare(instance: Instance) -> None:
+    row = instance.row
+    function = PREPARE_ACTION.get(row.action) or PREPARE_MNEMONIC.get(row.mnemonic)
+    if function is None and row.mnemonic == "imul" and row.ext is not None:
+        function = _accumulators
+    (function or _plain)(instance)

@@ -114,7 +114,7 @@ def dsdt(machine: AcpiMachine) -> bytes:
         devices.append(aml.device("RTC", aml.name("_HID", aml.eisa_id("PNP0B00")), aml.name("_CRS", crs)))
     slp_typ = aml.integer(S5_SLP_TYP)
     s5 = aml.name("_S5", aml.package(slp_typ, slp_typ, aml.integer(0), aml.integer(0)))
-    return table(b"DSDT", 1, aml.root_scope("_SB", *devices) + s5)
+    return table(b"DSDT", 1, aml.scope("_SB", *devices) + s5)
 
 
 def facs() -> bytes:

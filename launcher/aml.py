@@ -12,7 +12,6 @@ import struct
 ZERO_OP, ONE_OP, NAME_OP = 0x00, 0x01, 0x08
 BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX = 0x0A, 0x0B, 0x0C
 SCOPE_OP, BUFFER_OP, PACKAGE_OP, EXT_PREFIX, DEVICE_OP = 0x10, 0x11, 0x12, 0x5B, 0x82
-ROOT_CHAR = b"\\"
 IO_PORT_TAG, IRQ_TAG, END_TAG = 0x47, 0x22, 0x79  # small resource items, with their lengths [6.4.2]
 
 
@@ -57,8 +56,8 @@ def buffer(data: bytes) -> bytes:
     return bytes([BUFFER_OP]) + pkg(integer(len(data)) + data)
 
 
-def root_scope(segment: str, *terms: bytes) -> bytes:
-    return bytes([SCOPE_OP]) + pkg(ROOT_CHAR + name_seg(segment) + b"".join(terms))
+def scope(segment: str, *terms: bytes) -> bytes:
+    return bytes([SCOPE_OP]) + pkg(name_seg(segment) + b"".join(terms))
 
 
 def device(segment: str, *terms: bytes) -> bytes:

@@ -2,7 +2,8 @@
 
 The program lies at 1 MiB and starts at its first byte, in the same state as a Linux kernel by its 32-bit boot
 protocol: flat segments, interrupts and paging off. Syntax is Intel, as keystone takes it.
-Left out: include files, several sections, an entry other than the first byte.
+Left out: include files, several sections, directives over several lines (.macro, .rept, .if), an entry other
+than the first byte.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from launcher.errors import ConfigError
 PROGRAM_PA = 0x100000
 STACK_PA = 0x90000
 
-DEFINES = re.compile(r"\s*(?:\.(?:set|equ)\s+([A-Za-z_]\w*)\s*,|([A-Za-z_]\w*)\s*(?::|=(?!=)))")
+LABEL = re.compile(r"\s*([A-Za-z_]\w*)\s*:")
+CONSTANT = re.compile(r"\s*(?:\.(?:set|equ)\s+([A-Za-z_]\w*)\s*,|([A-Za-z_]\w*)\s*=)")
 
 
 def prepare_asm(config: MachineConfig, boot: AsmBoot) -> BootPlan:
@@ -37,15 +39,28 @@ def prepare_asm(config: MachineConfig, boot: AsmBoot) -> BootPlan:
 
 
 def assemble(source: str, file: Path, origin: int = PROGRAM_PA) -> bytes:
-    """The bytes of a 32-bit program which is loaded at `origin`."""
+    """The bytes of a 32-bit program which is loaded at `origin`.
+
+    keystone names no line in its errors, and drops a malformed statement which isn't the last one without a
+    word. So first each line is assembled by itself, with every symbol of the program known.
+    """
     lines = source.splitlines()
-    error = _refusal(lines, len(lines), origin)
-    if error is not None:
-        number = _first_bad_line(lines, origin)
-        error = _refusal(lines, number, origin) or error
-        text = lines[number - 1].strip()
-        raise ConfigError(f"{file}:{number}", "", f"keystone refuses {text!r} ({error})", "correct that line")
-    program = _assemble(lines, origin)
+    # stand-ins: a label near enough for every jump, a constant small enough for every operand
+    labels = dict.fromkeys((found[1] for line in lines if (found := LABEL.match(line))), origin)
+    constants = dict.fromkeys((found[1] or found[2] for line in lines if (found := CONSTANT.match(line))), 0)
+    known = [f"{name} = {value}" for name, value in (labels | constants).items()]
+    for number, whole_line in enumerate(lines, 1):
+        line = LABEL.sub("", whole_line)
+        try:
+            _assemble([*known, line], origin)
+        except keystone.KsError as e:
+            problem = f"keystone refuses {whole_line.strip()!r} ({e})"
+            raise ConfigError(f"{file}:{number}", "", problem, "correct that line") from e
+    try:
+        program = _assemble(lines, origin)
+    except keystone.KsError as e:
+        remedy = "see that no symbol is defined twice and no short jump is too far"
+        raise ConfigError(file, "", f"keystone refuses the whole ({e})", remedy) from e
     if not program:
         raise ConfigError(file, "", "assembles to nothing", "write at least one instruction")
     return program
@@ -55,25 +70,3 @@ def _assemble(lines: list[str], origin: int) -> bytes:
     assembler = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_32)
     program, _count = assembler.asm("\n".join(lines) + "\n", origin, True)
     return program or b""
-
-
-def _refusal(lines: list[str], count: int, origin: int) -> str | None:
-    """What keystone says of the first `count` lines, given what the others define; None: nothing."""
-    rest = [found[1] or found[2] for line in lines[count:] if (found := DEFINES.match(line))]
-    try:
-        _assemble(lines[:count] + [f"{name} = 0" for name in dict.fromkeys(rest)], origin)
-    except keystone.KsError as e:
-        return str(e.message if hasattr(e, "message") else e)
-    return None
-
-
-def _first_bad_line(lines: list[str], origin: int) -> int:
-    """keystone names no line: search for the shortest beginning that it refuses."""
-    good, bad = 0, len(lines)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if _refusal(lines, middle, origin) is None:
-            good = middle
-        else:
-            bad = middle
-    return bad

@@ -106,6 +106,7 @@ class Target:
         for _ in writes[1:]:  # every write has a span: the batch's and those after it
             next(asking.ids)
         self._send(PostedBatch(writes), span)
+        self._drop_strays()
 
     def tell(self, frame: Frame) -> None:
         """A one-way frame, after what was posted."""
@@ -113,6 +114,7 @@ class Target:
             self.send_batch()
         self.dirty = True
         self._send(frame, next(self._asking.ids))
+        self._drop_strays()
 
     def ask(self, frame: Frame, answer: type[R]) -> R:
         """A synchronous access, after everything posted to any device."""
@@ -144,6 +146,9 @@ class Target:
         while not self._link.send(data, asking.deadline_ms):
             waited_ns += asking.deadline_ns
             asking.late(self.node, frame, waited_ns)
+
+    def _drop_strays(self) -> None:
+        """Take what came in while nothing was asked, before it fills the device's way to us."""
         while (stray := self._link.receive(0)) is not None:
             self._take(stray, 0)
 

@@ -1,8 +1,8 @@
 """Endpoint: one node's place on the bus. One thread uses it; the CPU thread has an IoClient of its own.
 
 It waits with select() on the sockets' descriptors instead of zmq_poll(), whose timeouts are whole
-milliseconds: timers of devices are finer than that. A ZMQ_FD only says "look at the events", so the
-events are looked at before every wait.
+milliseconds: timers of devices are finer than that. Such a descriptor only says that something changed,
+and a send may swallow the news, so `_suspects` keeps the sockets whose events must be looked at first.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import contextlib
 import select
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -27,6 +26,7 @@ FAIR_SHARE = 64  # frames taken from one socket before the others have their tur
 LINGER_MS = 1000  # how long close() waits for what was sent to leave
 NEVER_NS = 1 << 62
 NAMES = "latin-1"  # any identity survives the round trip, node names are ASCII
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # the enumerations cost a microsecond per look
 
 
 class NoReply(RuntimeError):
@@ -37,8 +37,7 @@ class RequestRefused(RuntimeError):
     """A peer answered a request with Refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """A frame that came in.
 
     `asked`: it came over our ROUTER and reply() can answer it; otherwise it is a peer's answer to us.
@@ -64,7 +63,9 @@ class Endpoint:
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._asked: dict[bytes, Stream] = {}  # by the identity of who sends to our ROUTER
         self._asking: dict[str, Stream] = {}  # by peer that we connected to
-        self._fds: list[int] = []
+        self._ways: dict[int, tuple[str | None, zmq.Socket[bytes]]] = {}  # by descriptor; None: the ROUTER
+        self._fd_of: dict[str | None, int] = {}
+        self._suspects: set[int] = set()  # descriptors of sockets that may hold frames
 
     def bind(self) -> None:
         """Make this node reachable. A socket file left by a killed process of the same name is replaced."""
@@ -75,7 +76,7 @@ class Endpoint:
         router.bind(f"ipc://{path}")
         path.chmod(0o600)
         self._router = router
-        self._fds.append(int(router.getsockopt(zmq.FD)))
+        self._watch(None, router)
 
     def connect(self, peer: str) -> None:
         """Open the way to a peer, which need not exist yet; sending to it before it does is fine."""
@@ -84,12 +85,13 @@ class Endpoint:
         dealer = dial(self._context, self.run_dir, self.node, peer)
         self._dealers[peer] = dealer
         self._asking[peer] = Stream(self.counters, self.now_ns)
-        self._fds.append(int(dealer.getsockopt(zmq.FD)))
+        self._watch(peer, dealer)
 
     def send(self, peer: str, frame: Frame, trace: int = 0) -> int:
         """Send to a connected peer; returns the frame's span. A trace of 0 begins a new one."""
         span = next(self.ids)
         self._dealers[peer].send(self._asking[peer].encode(frame, trace or span, span))
+        self._suspects.add(self._fd_of[peer])
         return span
 
     def reply(self, to: Received, frame: Frame) -> None:
@@ -106,7 +108,7 @@ class Endpoint:
         dealer = self._dealers[peer]
         while (left_ns := started_ns + timeout_ns - self.now_ns()) >= 0:
             if not _readable(dealer):
-                select.select([int(dealer.getsockopt(zmq.FD))], [], [], left_ns / 1e9)
+                select.select([self._fd_of[peer]], [], [], left_ns / 1e9)
                 if not _readable(dealer):
                     continue
             received = self._from_dealer(peer, dealer)
@@ -126,29 +128,28 @@ class Endpoint:
         Returns the readable and the writable ones among the descriptors given.
         """
         read, write = list(read_fds), list(write_fds)
-        if self._any_readable():
-            timeout_ns = 0
+        for fd in tuple(self._suspects):
+            if _readable(self._ways[fd][1]):
+                timeout_ns = 0
+                break
+            self._suspects.discard(fd)
         timeout_s = None if timeout_ns is None or timeout_ns >= NEVER_NS else max(timeout_ns, 0) / 1e9
-        readable, writable, _ = select.select([*self._fds, *read], write, [], timeout_s)
+        readable, writable, _ = select.select([*self._ways, *read], write, [], timeout_s)
+        self._suspects.update(fd for fd in readable if fd in self._ways)
         return set(readable).intersection(read), set(writable)
 
     def receive(self) -> Iterator[Received]:
         """What has arrived, without waiting: up to FAIR_SHARE frames per socket.
 
-        Malformed frames are counted, and refused where they came over the ROUTER.
+        Call it after wait(). Malformed frames are counted, and refused where they came over the ROUTER.
         """
-        if self._router is not None:
+        for fd in tuple(self._suspects):
+            peer, socket = self._ways[fd]
             for _ in range(FAIR_SHARE):
-                if not _readable(self._router):
+                if not _readable(socket):
+                    self._suspects.discard(fd)
                     break
-                received = self._from_router(self._router)
-                if received is not None:
-                    yield received
-        for peer, dealer in self._dealers.items():
-            for _ in range(FAIR_SHARE):
-                if not _readable(dealer):
-                    break
-                received = self._from_dealer(peer, dealer)
+                received = self._from_router(socket) if peer is None else self._from_dealer(peer, socket)
                 if received is not None:
                     yield received
 
@@ -171,10 +172,11 @@ class Endpoint:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _any_readable(self) -> bool:
-        if self._router is not None and _readable(self._router):
-            return True
-        return any(map(_readable, self._dealers.values()))
+    def _watch(self, peer: str | None, socket: zmq.Socket[bytes]) -> None:
+        fd = int(socket.getsockopt(zmq.FD))
+        self._ways[fd] = (peer, socket)
+        self._fd_of[peer] = fd
+        self._suspects.add(fd)
 
     def _from_router(self, router: zmq.Socket[bytes]) -> Received | None:
         identity, *parts = router.recv_multipart()
@@ -204,6 +206,7 @@ class Endpoint:
     def _answer(self, identity: bytes, frame: Frame, trace: int, span: int) -> None:
         assert self._router is not None
         data = self._asked[identity].encode(frame, trace, span)
+        self._suspects.add(self._fd_of[None])
         try:
             self._router.send_multipart((identity, data))
         except zmq.ZMQError as error:
@@ -213,4 +216,4 @@ class Endpoint:
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(socket.get(EVENTS) & POLLIN)  # type: ignore[operator]  # an int, for this option

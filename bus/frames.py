@@ -14,14 +14,13 @@ Rules
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 PROTOCOL_VERSION = 1
 Direction = Literal["one-way", "request", "reply"]
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What every frame carries besides its fields. All four are 64-bit and unsigned."""
 
     seq: int  # 1, 2, 3, ... per (sender, receiver) stream

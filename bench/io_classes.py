@@ -1,0 +1,138 @@
+"""Costs of the three classes of I/O: `python bench/io_classes.py` prints one line per figure.
+
+The device is a scratch register in a real host process; "one core" pins both processes to the same one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bus.addressmap import AddressMap  # noqa: E402
+from bus.endpoint import Endpoint  # noqa: E402
+from bus.frames import Ping  # noqa: E402
+from bus.io import IoClient  # noqa: E402
+from bus.mirror import Counter, MirrorWriter, page_of, slots  # noqa: E402
+from devices.host import run  # noqa: E402
+from devices.registry import load_class  # noqa: E402
+
+SCRATCH = """
+from dataclasses import dataclass
+from devices.base import Device, DeviceState, PortRange
+
+@dataclass(slots=True)
+class ScratchState(DeviceState):
+    value: int = 0
+
+class Scratch(Device[ScratchState]):
+    NAME = "scratch"
+    # 0 synchronous, 1 posted, 2 mirrored, 4-7 a counter
+    PORTS = (PortRange("regs", 8, widths=(1, 2, 4), posted=frozenset({1}), mirrored=frozenset({2, 4, 5, 6, 7})),)
+    STATE = ScratchState
+
+    def reset(self):
+        self.state = ScratchState()
+
+    def read(self, region, offset, width):
+        return self.state.value
+
+    def write(self, region, offset, width, value):
+        self.state.value = value
+
+    def drive_lines(self):
+        pass
+"""
+BASE = 0x300
+
+
+def per_call_us(call: Callable[[], object], n: int, rounds: int = 7) -> float:
+    """Median over rounds of the time per call in a loop of n."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter_ns()
+        for _ in range(n):
+            call()
+        times.append((time.perf_counter_ns() - began) / n / 1000)
+    return statistics.median(times)
+
+
+def start_device(run_dir: str, type_name: str, core: int) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os.sched_setaffinity(0, {core})
+        try:
+            run({"node": "dev", "run_dir": run_dir, "machine": "bench", "type": type_name})
+        finally:
+            os._exit(0)
+    return pid
+
+
+def measure(run_dir: str, type_name: str, cores: tuple[int, int]) -> None:
+    pid = start_device(run_dir, type_name, cores[1])
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cores[0]})
+    try:
+        where = "one core" if cores[0] == cores[1] else "two cores"
+        ranges = load_class(type_name).PORTS
+        amap = AddressMap()
+        amap.add_device("dev", ranges, {"regs": BASE}, 0)
+        mirror = memoryview(bytearray(4096))
+        writer = MirrorWriter(page_of(mirror, 0), slots(ranges))
+        writer.publish({("regs", 2): 0x60, ("regs", 4): Counter(0, 3_579_545, 0xFF_FFFF, 4)})
+        io = IoClient(
+            run_dir, "cpu0", amap, mirror, time.monotonic_ns, lambda *access: None, pic=None, ioapics=()
+        )
+        with Endpoint(run_dir, "other") as other:
+            other.connect("dev")
+            other.request("dev", Ping(), 5_000_000_000)
+            print(f"{where}: synchronous read    {per_call_us(lambda: io.port_read(BASE, 1), 1000):8.2f} us")
+            stats = io.stats()
+            print(f"{where}:   its p50 and p99   {stats['latency_p50_ns'] / 1e3:8.2f} {stats['latency_p99_ns'] / 1e3:.2f} us")
+            ping = per_call_us(lambda: other.request("dev", Ping(), 5_000_000_000), 500)
+            print(f"{where}: Endpoint.request    {ping:8.2f} us")
+            insb = per_call_us(lambda: io.port_in_string(BASE, 1, 512), 200)
+            print(f"{where}: rep insb of 512     {insb:8.2f} us")
+            posted = per_call_us(lambda: io.port_write(BASE + 1, 1, 7), 6400)
+            print(f"{where}: posted write        {posted:8.2f} us, with its share of the batches")
+            io.port_read(BASE, 1)
+        if cores[0] == cores[1]:
+            print(f"mirrored byte           {per_call_us(lambda: io.port_read(BASE + 2, 1), 20000):8.2f} us")
+            print(f"mirrored 32-bit counter {per_call_us(lambda: io.port_read(BASE + 4, 4), 20000):8.2f} us")
+            print(f"open-bus read           {per_call_us(lambda: io.port_read(0x80, 1), 20000):8.2f} us")
+            io.port_write(BASE + 1, 1, 7)
+            target = io._targets["dev"]
+
+            def post_and_forget() -> None:
+                if len(target.batch) > 60:
+                    del target.batch[1:]
+                io.port_write(BASE + 1, 1, 7)
+
+            print(f"posted write, no send   {per_call_us(post_and_forget, 20000):8.2f} us")
+        io.close()
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        os.sched_setaffinity(0, cpus)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as run_dir:
+        device = Path(run_dir) / "scratch.py"
+        device.write_text(SCRATCH)
+        cores = sorted(os.sched_getaffinity(0))
+        measure(run_dir, f"{device}:Scratch", (cores[0], cores[0]))
+        if len(cores) > 1:
+            measure(run_dir, f"{device}:Scratch", (cores[0], cores[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,9 @@ class Draft:
         self.eip = eip
         self.code = bytearray()
         self.starts: list[int] = []  # offset of each instruction in code
-        self.relative: list[tuple[int, int, int]] = []  # (offset, size, instruction) of branches not yet resolved
+        self.relative: list[
+            tuple[int, int, int]
+        ] = []  # (offset, size, instruction) of branches not yet resolved
         self.absolute: list[tuple[int, int]] = []  # (va of a dword in data, instruction) not yet resolved
         self.eflags = 0
         self.blind_memory: list[tuple[int, int]] = []
@@ -51,7 +53,7 @@ class Draft:
         return self.initial[reg] is None
 
     def settle(self, reg: int, value: int | None = None) -> int | None:
-        """Give a free register its initial value (by default an interesting one); its value now, if known."""
+        """Give a free register its initial value (else an interesting one); its value now, if known."""
         if self.initial[reg] is None:
             if value is None:
                 value = self._stack_pointer() if reg == ESP else integer(self.rng)
@@ -111,7 +113,7 @@ class Draft:
         return bytes(out)
 
     def target(self, width: int, aligned: int = 1) -> int:
-        """The address of an operand: mostly within a writable page, at times across pages, read-only or absent."""
+        """The address of an operand: mostly in a writable page, at times across pages, read-only or absent."""
         rng = self.rng
         width = max(width, 1)
         kind = rng.randrange(100)
@@ -140,7 +142,7 @@ class Draft:
     # Addressing
 
     def modrm_memory(self, reg_field: int, target: int, esp_offset: int = 0) -> bytes:
-        """ModRM, SIB and displacement of an operand at `target`; with ESP as base, ESP has moved by esp_offset."""
+        """ModRM, SIB, displacement of an operand at `target`; as a base ESP has moved by esp_offset."""
         rng = self.rng
         for _ in range(4):
             form = self._form(reg_field, target, esp_offset)
@@ -148,7 +150,9 @@ class Draft:
                 return form
         if rng.getrandbits(1):  # SIB with neither base nor index
             scale = rng.getrandbits(2) << 6
-            return bytes((reg_field << 3 | SIB_FOLLOWS, scale | 4 << 3 | NO_BASE)) + target.to_bytes(4, "little")
+            return bytes((reg_field << 3 | SIB_FOLLOWS, scale | 4 << 3 | NO_BASE)) + target.to_bytes(
+                4, "little"
+            )
         return bytes((reg_field << 3 | NO_BASE,)) + target.to_bytes(4, "little")
 
     def _form(self, reg_field: int, target: int, esp_offset: int) -> bytes | None:
@@ -229,7 +233,7 @@ class Draft:
         self.code += code
 
     def finish(self, reach: int) -> None:
-        """Resolve branches; instruction numbers past the last mean the HLT after the code, `reach` bytes are there."""
+        """Resolve branches; instruction numbers past the last mean the HLTs after the code, `reach` of them."""
         for offset, size, number in self.relative:
             distance = self._address(number, reach) - (self.eip + offset + size)
             self.code[offset : offset + size] = (distance & MASK).to_bytes(4, "little")[:size]
@@ -242,7 +246,7 @@ class Draft:
         return self.eip + len(self.code) + min(number - len(self.starts), reach - 1)
 
     def pages(self, hlt_filled: bytes, second_code_page: bool) -> tuple[Page, ...]:
-        """All pages, the code written into its own (filled with HLT) or into a data page, followed by HLTs."""
+        """All pages; the code is in its own (filled with HLT) or in a data page, followed by HLTs."""
         code = bytes(self.code)
         if self.eip & -PAGE_SIZE == CODE:
             self._pages[CODE] = (hlt_filled, self.code_writable)

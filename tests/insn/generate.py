@@ -23,7 +23,7 @@ MAX_INSTRUCTIONS = 6
 REACH = 16  # bytes of HLT after the code that branches may aim at
 HLT_PAGE = bytes((HLT,)) * PAGE_SIZE
 DEFAULT_FX = fx_image()
-X87_POINTERS = {  # (offset, length) of FIP, FOP, FDP and selectors in the image, by operand size [8.1.10, 10.5.1]
+X87_POINTERS = {  # (offset, length) of FIP, FOP, FDP and selectors, by operand size [8.1.10, 10.5.1]
     "fnstenv": ((12, 16), (6, 8)),
     "fnsave": ((12, 16), (6, 8)),
     "fxsave": ((6, 18), (6, 18)),
@@ -31,10 +31,16 @@ X87_POINTERS = {  # (offset, length) of FIP, FOP, FDP and selectors in the image
 # A newer host than the guest has instructions here where the guest has none.
 HOST_HAS_MORE = frozenset(((0, 0xC4), (0, 0xC5), (0, 0x62), (1, 0xC7), (1, 0x01), (1, 0xAE)))
 NO_INSTRUCTION = (
-    "0f0b", "0fff00", "0fb900", "f00f0b", "0f0a", "0f0c", "0f24c0", "fec8fe", "ff38", "fff8", "d9d1", "dbe5",
-    "8ec8", "f0c3", "f090", "f08d00", "f08900", "f0d9c0", "66660f0b", "0f38fe00", "0f3aff00", "0f04", "0fa6c0ff",
+    "0f0b", "0fff00", "0fb900", "f00f0b", "0f0a", "0f0c", "0f24c0", "ff38", "fff8", "d9d1", "dbe5",
+    "8ec8", "f0c3", "f090", "f08d00", "f08900", "f0d9c0", "66660f0b", "0f38fe00", "0f3aff00", "0f04",
 )  # fmt: skip
-TOO_LONG = ("66" * 15 + "90", "2e" * 14 + "8b00", "66" * 11 + "c70500000030", "f3" * 15 + "a4", "67" * 14 + "b001")
+TOO_LONG = (
+    "66" * 15 + "90",
+    "2e" * 14 + "8b00",
+    "66" * 11 + "c70500000030",
+    "f3" * 15 + "a4",
+    "67" * 14 + "b001",
+)
 PLAIN = tuple(row for row in TESTED_ROWS if row.action == "copy" and row.group == "int")
 SEQUENCE_ROWS = tuple(
     row for row in TESTED_ROWS if row.group in ("int", "string") or (row.group == "system" and row.undefined)
@@ -101,7 +107,9 @@ class Generator:
 
     def _finish(self, draft: Draft, rows: list[Row], group: str, undefined: int) -> Case:
         rng = draft.rng
-        crosses = draft.eip & -PAGE_SIZE == CODE and draft.eip % PAGE_SIZE + len(draft.code) + REACH > PAGE_SIZE
+        crosses = (
+            draft.eip & -PAGE_SIZE == CODE and draft.eip % PAGE_SIZE + len(draft.code) + REACH > PAGE_SIZE
+        )
         if any(row.group in ("x87", "mmx", "sse") for row in rows):
             fx = fpu_state(rng, mmx=any(row.group == "mmx" for row in rows))
         else:
@@ -192,11 +200,22 @@ class Generator:
 def _store(rng: Random, victim: int, width: int) -> bytes:
     """A MOV to, or arithmetic on, the `mov eax,imm32` at victim; any result of it is an instruction again."""
     if width == 1 and rng.getrandbits(1):
-        value = rng.choice((0xB9, 0xBA, 0xBB, 0xBE, 0xA9, 0x3D, 0x05, HLT, 0xB8))  # also takes imm32, or ends it
+        value = rng.choice(
+            (0xB9, 0xBA, 0xBB, 0xBE, 0xA9, 0x3D, 0x05, HLT, 0xB8)
+        )  # also takes imm32, or ends it
         return b"\xc6\x05" + victim.to_bytes(4, "little") + bytes((value,))
     operand = (victim + 1 + rng.randrange(5 - width)).to_bytes(4, "little")
-    opcode = rng.choice((b"\xc7\x05", b"\x81\x05", b"\x81\x35")) if width > 1 else rng.choice((b"\xc6\x05", b"\x80\x05"))
-    return (b"\x66" if width == 2 else b"") + opcode + operand + integer(rng, 8 * width).to_bytes(width, "little")
+    opcode = (
+        rng.choice((b"\xc7\x05", b"\x81\x05", b"\x81\x35"))
+        if width > 1
+        else rng.choice((b"\xc6\x05", b"\x80\x05"))
+    )
+    return (
+        (b"\x66" if width == 2 else b"")
+        + opcode
+        + operand
+        + integer(rng, 8 * width).to_bytes(width, "little")
+    )
 
 
 def _register_form(rng: Random) -> bytes | None:
@@ -214,5 +233,3 @@ def _register_form(rng: Random) -> bytes | None:
     except Undefined:
         return code + bytes(3)
     return None
-
-

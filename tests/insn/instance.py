@@ -18,10 +18,24 @@ HARMLESS_SEGMENTS = (0x26, 0x36, 0x3E)  # ES, SS, DS: flat and writable
 CS_OVERRIDE = 0x2E
 SIZED = frozenset("vzap") | {"bs", "env", "sav"}  # operand suffixes that 66h changes
 SIZED_ACTIONS = frozenset(
-    ("push", "pop", "popm", "pushm", "pushimm", "pusha", "popa", "pushf", "popf", "pushseg", "leave", "ret", "string")
+    (
+        "push",
+        "pop",
+        "popm",
+        "pushm",
+        "pushimm",
+        "pusha",
+        "popa",
+        "pushf",
+        "popf",
+        "pushseg",
+        "leave",
+        "ret",
+        "string",
+    )
 )
 WIDE_MNEMONICS = frozenset(("cwde", "cdq", "enter"))
-# With F3h these are other instructions on a host newer than the guest: TZCNT, LZCNT, PREFETCH/WBNOINVD relatives.
+# With F3h these are other instructions on a host newer than the guest: TZCNT, LZCNT, WBNOINVD and so on.
 HOST_READS_REP = frozenset((0xBC, 0xBD, 0x09, 0x1E, 0x1A, 0x1B, 0xC7, 0xAE))
 BRANCHES_SIZED_BY_66 = frozenset(("jcc", "jmp", "call", "icall", "ijmp", "loop", "ret"))
 FULL_ALIGNMENT = frozenset(
@@ -75,7 +89,11 @@ class Instance:
     def choose_address(self) -> None:
         """Settles where the memory operand is, before the registers of its form are."""
         if self.memory and not self.addr16 and self.va is None:
-            aligned = 16 if self.width >= 16 and (self.row.group == "sse" or self.row.mnemonic in FULL_ALIGNMENT) else 1
+            aligned = (
+                16
+                if self.width >= 16 and (self.row.group == "sse" or self.row.mnemonic in FULL_ALIGNMENT)
+                else 1
+            )
             self.va = self.draft.target(self.width, aligned)
 
     def modrm(self) -> bytes:
@@ -140,9 +158,15 @@ class Instance:
             make: dict[int, Callable[[], bytes]] = {4: lambda: single(rng), 8: lambda: double(rng)}
             data = make.get(width, lambda: extended(rng))() if width in (4, 8, 10) else b""
             if row.mnemonic == "fbld":
-                data = bytes(rng.randrange(10) | rng.randrange(10) << 4 for _ in range(9)) + rng.choice((b"\0", b"\x80"))
+                data = bytes(rng.randrange(10) | rng.randrange(10) << 4 for _ in range(9)) + rng.choice(
+                    (b"\0", b"\x80")
+                )
         elif row.group == "sse":
-            data = vector(rng)[:width] if width < 8 or rng.getrandbits(1) else (double(rng) + vector(rng)[:8])[:width]
+            data = (
+                vector(rng)[:width]
+                if width < 8 or rng.getrandbits(1)
+                else (double(rng) + vector(rng)[:8])[:width]
+            )
         else:
             data = integer(rng, 8 * width).to_bytes(width, "little") if 0 < width <= 8 else b""
         special = SPECIAL_CONTENTS.get(row.mnemonic)
@@ -163,9 +187,8 @@ class Instance:
             out.append(PREFIX_67)
         if self.rep:
             out.append(self.rep)
-        elif row.prefix is None and row.action != "string" and chance(rng, 1.5):
-            if not (row.map == 1 and row.opcode in HOST_READS_REP):
-                out.append(rng.choice((REP, REPNE)))
+        elif self._may_have_redundant_rep() and chance(rng, 1.5):
+            out.append(rng.choice((REP, REPNE)))
         if self.memory and row.lockable and chance(rng, 25):
             out.append(LOCK)
         if chance(rng, 6):
@@ -174,6 +197,12 @@ class Instance:
             out.append(CS_OVERRIDE)
         rng.shuffle(out)
         return bytes(out)
+
+    def _may_have_redundant_rep(self) -> bool:
+        row = self.row
+        if row.prefix is not None or row.action == "string":
+            return False
+        return not (row.map == 1 and row.opcode in HOST_READS_REP)
 
     def opcode(self) -> bytes:
         return (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[self.row.map] + bytes((self.row.opcode,))

@@ -1,15 +1,16 @@
 """Runs 32-bit code on the host CPU itself, in compatibility mode, at the guest's own addresses.
 
-How: a 64-bit stub loads every register of the case and far-jumps to CS 23h.  The run always ends in a signal (at the
-latest HLT is privileged); an assembly handler on an alternate stack notes where the kernel put the frame, restores
-the host's registers and returns to the caller of the stub.  The frame is the outcome: registers, trap number, error
-code, CR2, FXSAVE image.  About 5 us a run, plus 1 us per page.
+How: a 64-bit stub loads every register of the case and far-jumps to CS 23h.  The run always ends in a
+signal (at the latest HLT is privileged); an assembly handler on an alternate stack notes where the kernel
+put the frame, restores the host's registers and returns to the caller of the stub.  The frame is the
+outcome: registers, trap number, error code, CR2, FXSAVE image.  About 5 us a run, plus 1 us per page.
 
 Preconditions: Linux on x86-64 with FSGSBASE; the process is expendable (a wild store can hit anything below
-4 GiB, and the handlers of SIGSEGV etc. are replaced for good), so only `tests.insn.worker` makes a NativeRunner.
-System calls by `int 80h`, SYSENTER or SYSCALL are stopped by a seccomp filter and come out as stop kind "syscall".
+4 GiB, and the handlers of SIGSEGV etc. are replaced for good), so only `tests.insn.worker` makes a
+NativeRunner.  System calls by `int 80h`, SYSENTER or SYSCALL are stopped by a seccomp filter and come out
+as stop kind "syscall".
 
-Sources: Intel SDM volume 3, 3.4.5 and 9.8.5 (compatibility mode); Linux arch/x86/include/uapi/asm/sigcontext.h.
+Sources: Intel SDM volume 3, 3.4.5 and 9.8.5 (compatibility mode); Linux uapi/asm/sigcontext.h.
 Left out: segments with a base, 16-bit code.
 """
 
@@ -28,7 +29,13 @@ CODE_SELECTOR, DATA_SELECTOR = 0x23, 0x2B
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_POPULATE = 0x2, 0x20, 0x100000, 0x8000
 SYS_RT_SIGACTION, SYS_EXIT_GROUP, SYS_RT_SIGRETURN = 13, 231, 15
-SA_SIGINFO, SA_ONSTACK, SA_RESTART, SA_RESTORER, SA_NODEFER = 0x4, 0x08000000, 0x10000000, 0x04000000, 0x40000000
+SA_SIGINFO, SA_ONSTACK, SA_RESTART, SA_RESTORER, SA_NODEFER = (
+    0x4,
+    0x08000000,
+    0x10000000,
+    0x04000000,
+    0x40000000,
+)
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 SECCOMP_RET_ALLOW, SECCOMP_RET_TRAP = 0x7FFF0000, 0x00030000
 AUDIT_ARCH_X86_64 = 0xC000003E
@@ -177,7 +184,9 @@ class NativeRunner:
         for number in (*FAULT_SIGNALS, TICK_SIGNAL):
             flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART | SA_RESTORER | SA_NODEFER
             action = _KernelSigaction(REGION + HANDLER, flags, REGION + RESTORER, 0)
-            _check(libc.syscall(SYS_RT_SIGACTION, int(number), ctypes.byref(action), None, 8) == 0, "sigaction")
+            _check(
+                libc.syscall(SYS_RT_SIGACTION, int(number), ctypes.byref(action), None, 8) == 0, "sigaction"
+            )
         trap_32_bit_system_calls()
         signal.setitimer(signal.ITIMER_VIRTUAL, TICK_SECONDS, TICK_SECONDS)
 
@@ -185,10 +194,13 @@ class NativeRunner:
         ks = Ks(KS_ARCH_X86, KS_MODE_64)
         enter = bytes(ks.asm(ENTER, REGION)[0])
         far_jump_end = len(enter) + 6
-        enter += b"\xff\x2d" + struct.pack("<i", RECORD + FAR_POINTER - far_jump_end)  # ljmp m16:32, RIP-relative
+        enter += b"\xff\x2d" + struct.pack(
+            "<i", RECORD + FAR_POINTER - far_jump_end
+        )  # ljmp m16:32, RIP-relative
         handler = bytes(ks.asm(HANDLE, REGION + HANDLER)[0])
         restorer = bytes(ks.asm(f"mov eax, {SYS_RT_SIGRETURN}; syscall", REGION + RESTORER)[0])
-        assert len(enter) <= HANDLER and HANDLER + len(handler) <= RESTORER
+        assert len(enter) <= HANDLER
+        assert HANDLER + len(handler) <= RESTORER
         for offset, code in ((0, enter), (HANDLER, handler), (RESTORER, restorer)):
             ctypes.memmove(REGION + offset, code, len(code))
 
@@ -212,7 +224,9 @@ class NativeRunner:
             elif not writable:
                 self._protect(page.va, True)
             ctypes.memmove(page.va, page.data, PAGE_SIZE)
-            if not page.writable:  # written before, so its host page table entry is present: error code bit 0 is right
+            if (
+                not page.writable
+            ):  # written before, so its host page table entry is present: error code bit 0 is right
                 self._protect(page.va, False)
             self._mapped[page.va] = page.writable
 
@@ -222,7 +236,7 @@ class NativeRunner:
         _check(libc.mprotect(va, PAGE_SIZE, prot) == 0, "mprotect")
 
     def _outcome(self, case: Case) -> CpuState:
-        number, siginfo, ucontext = struct.unpack_from("<3Q", self._record, SIGNAL)
+        number, _siginfo, ucontext = struct.unpack_from("<3Q", self._record, SIGNAL)
         frame = ctypes.string_at(ucontext, UC_FPSTATE + 8)
         edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, _cs, _gs, _fs, _ss, error, vector, _mask, cr2 = (
             struct.unpack_from(UC_FORMAT, frame, UC_RDI)

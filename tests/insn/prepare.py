@@ -50,7 +50,9 @@ def _flags_on_stack(instance: Instance) -> None:
     esp = instance.draft.settle(ESP)
     if esp is not None and chance(instance.rng, 90):
         value = instance.rng.getrandbits(16) & (0xFFFF if chance(instance.rng, 20) else ~0x4100)
-        instance.draft.poke(esp, (value | instance.rng.choice((0, 0, 0, 0x200000)) & MASK).to_bytes(4, "little"))
+        instance.draft.poke(
+            esp, (value | instance.rng.choice((0, 0, 0, 0x200000)) & MASK).to_bytes(4, "little")
+        )
 
 
 def _pusha(instance: Instance) -> None:
@@ -83,7 +85,9 @@ def _string(instance: Instance) -> None:
     name, size = row.mnemonic[:4], 1 if row.mnemonic.endswith("b") else instance.operand_size
     if chance(rng, 60):
         instance.rep = rng.choice((REP, REP, REPNE))
-    count = rng.choice((0, 1, 2, 3, rng.randint(0, 20), rng.randint(0, 300), rng.randint(0x400, 0x2000), integer(rng)))
+    count = rng.choice(
+        (0, 1, 2, 3, rng.randint(0, 20), rng.randint(0, 300), rng.randint(0x400, 0x2000), integer(rng))
+    )
     if instance.rep:
         draft.settle(ECX, count)
         instance.touched.append(ECX)
@@ -94,7 +98,11 @@ def _string(instance: Instance) -> None:
         kind = rng.randrange(100)
         base = DATA + rng.randrange(0x2000) if kind < 60 else HIGH + rng.randrange(0x1000)
         if kind >= 85:
-            edge = rng.choice((DATA, HIGH, DATA + 0x1000)) if backwards else rng.choice((DATA + 0x2000, HIGH + 0x1000))
+            edge = (
+                rng.choice((DATA, HIGH, DATA + 0x1000))
+                if backwards
+                else rng.choice((DATA + 0x2000, HIGH + 0x1000))
+            )
             base = edge + rng.randint(-span, span) if span else edge
         if chance(rng, 50):
             base &= -4
@@ -177,14 +185,17 @@ def _mask_move(instance: Instance) -> None:
 
 def _compare_strings(instance: Instance) -> None:
     for reg in (EAX, EDX):
-        instance.draft.settle(reg, instance.rng.choice((instance.rng.randint(-20, 20), integer(instance.rng))))
+        instance.draft.settle(
+            reg, instance.rng.choice((instance.rng.randint(-20, 20), integer(instance.rng)))
+        )
     instance.take_immediates()
     instance.touched.append(ECX)
     instance.draft.settle(ECX)
 
 
 def _shift(instance: Instance) -> None:
-    """Counts, and with the count known which flags are really undefined [SAL/SAR/SHL/SHR, RCL/RCR/ROL/ROR]."""
+    """Counts, and with the count known which flags are really undefined [SAL/SAR/SHL/SHR,
+    RCL/RCR/ROL/ROR]."""
     rng, operands = instance.rng, instance.row.operands
     count = 1
     if "CL" in operands:
@@ -217,7 +228,9 @@ def _branch(instance: Instance) -> None:
         instance.after.append(lambda: draft.relative.append((len(draft.code) - size, size, number)))
     else:
         instance.immediates = integer(rng, 8 * size).to_bytes(size, "little")
-        if row.action in ("jcc", "jmp", "call") and instance.immediates == (256**size - 2).to_bytes(size, "little"):
+        if row.action in ("jcc", "jmp", "call") and instance.immediates == (256**size - 2).to_bytes(
+            size, "little"
+        ):
             instance.immediates = bytes(size)  # not to itself
 
 
@@ -262,7 +275,8 @@ def _plain(instance: Instance) -> None:
 
 PREPARE_ACTION: dict[str, Callable[[Instance], None]] = {
     "ret": _stack_target, "push": _push, "pushimm": _push, "pushm": _push, "pushf": _push, "pushseg": _push,
-    "pop": _pop, "popm": _pop, "popf": _pop, "pusha": _pusha, "popa": _pusha, "leave": _leave, "string": _string,
+    "pop": _pop, "popm": _pop, "popf": _pop, "pusha": _pusha, "popa": _pusha, "leave": _leave,
+    "string": _string,
     "bitstring": _bit_string, "xlat": _translate, "maskmov": _mask_move, "jcc": _branch, "jmp": _branch,
     "call": _branch, "loop": _branch, "icall": _indirect_branch, "ijmp": _indirect_branch,
 }  # fmt: skip

@@ -28,7 +28,8 @@ NT, RF, AC, ID = 0x4000, 0x10000, 0x40000, 0x200000
 STATUS_FLAGS = CF | PF | AF | ZF | SF | OF
 COMPARED_FLAGS = STATUS_FLAGS | TF | DF | NT | AC | ID
 FLAG_NAMES = {
-    CF: "CF", PF: "PF", AF: "AF", ZF: "ZF", SF: "SF", TF: "TF", DF: "DF", OF: "OF", NT: "NT", AC: "AC", ID: "ID",
+    CF: "CF", PF: "PF", AF: "AF", ZF: "ZF", SF: "SF", TF: "TF", DF: "DF", OF: "OF", NT: "NT", AC: "AC",
+    ID: "ID",
 }  # fmt: skip
 
 VECTOR_NAMES = {
@@ -91,7 +92,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Why a run ended: kind is "hlt", "fault", "syscall", "hung" or "crashed" (the process that ran it died)."""
+    """Why a run ended: "hlt", "fault", "syscall", "hung", "crashed" (its process died), or a Python error."""
 
     kind: str
     vector: int = -1
@@ -208,7 +209,9 @@ def differences(case: Case, expected: CpuState, got: CpuState) -> list[str]:
                 out.append(f"{name}: expected {x:#010x}, got {y:#010x}")
     wrong = (a.eflags ^ b.eflags) & COMPARED_FLAGS & ~case.blind.eflags
     if wrong:
-        out.append(f"flags {_flag_names(wrong)}: expected {_flag_names(a.eflags)}, got {_flag_names(b.eflags)}")
+        out.append(
+            f"flags {_flag_names(wrong)}: expected {_flag_names(a.eflags)}, got {_flag_names(b.eflags)}"
+        )
     if a.fx != b.fx:
         out += _compare_fx(case, a.fx, b.fx)
     if a.changed != b.changed:
@@ -220,10 +223,12 @@ def disassemble(case: Case) -> list[str]:
     """Lines of `va  bytes  text` for the case's code; bytes that capstone can't decode become `.byte`."""
     engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_32)
     engine.skipdata = True
-    return [
-        f"{va:#010x}  {case.code()[va - case.eip : va - case.eip + size].hex(' '):<32} {mnemonic} {operands}".rstrip()
-        for va, size, mnemonic, operands in engine.disasm_lite(case.code(), case.eip)
-    ]
+    code = case.code()
+    lines = []
+    for va, size, mnemonic, operands in engine.disasm_lite(code, case.eip):
+        raw = code[va - case.eip : va - case.eip + size].hex(" ")
+        lines.append(f"{va:#010x}  {raw:<32} {mnemonic} {operands}".rstrip())
+    return lines
 
 
 def describe(case: Case) -> str:

@@ -11,15 +11,18 @@ from random import Random
 from tests.insn.state import MXCSR_DEFAULT, PAGE_SIZE, X87_DEFAULT_CONTROL, fx_image
 
 INTEGERS = (
-    0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x10000,
-    0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFF80, 0xFFFF8000, 0xFFFFFFFE, 0xFFFFFFFF, 0x55555555, 0xAAAAAAAA,
+    0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF,
+    0x10000,
+    0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFF80, 0xFFFF8000, 0xFFFFFFFE, 0xFFFFFFFF, 0x55555555,
+    0xAAAAAAAA,
 )  # fmt: skip
 
 SINGLES = tuple(
     struct.pack("<I", bits)
     for bits in (
         0, 0x80000000, 0x3F800000, 0xBF800000, 0x40490FDB, 0x00000001, 0x807FFFFF, 0x00800000, 0x7F7FFFFF,
-        0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x7F800001, 0xFFABCDEF, 0x4F000000, 0xCF000000, 0x3F000000,
+        0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x7F800001, 0xFFABCDEF, 0x4F000000, 0xCF000000,
+        0x3F000000,
         0x4B800001, 0x34000000,
     )
 )  # fmt: skip
@@ -32,15 +35,19 @@ DOUBLES = tuple(
         0x43E0000000000000, 0x3FE0000000000000, 0x47EFFFFFE0000000, 0x380FFFFFE0000000,
     )
 )  # fmt: skip
-# (sign and exponent, significand): zeros, ones, pi, denormal, pseudo-denormal, infinities, NaNs, unnormal, pseudo-NaN
+# (sign and exponent, significand): zeros, ones, pi, denormal, pseudo-denormal, infinities, NaNs, invalid ones
 EXTENDED = tuple(
     struct.pack("<QH", significand, head)
     for head, significand in (
         (0, 0), (0x8000, 0), (0x3FFF, 1 << 63), (0xBFFF, 1 << 63), (0x4000, 0xC90FDAA22168C235), (0, 1),
-        (0x8000, 0x7FFFFFFFFFFFFFFF), (0, 1 << 63), (1, 1 << 63), (0x7FFE, 0xFFFFFFFFFFFFFFFF), (0x7FFF, 1 << 63),
-        (0xFFFF, 1 << 63), (0x7FFF, 0xC000000000000000), (0xFFFF, 0xC123456789ABCDEF), (0x7FFF, 0x8000000000000001),
-        (0xFFFF, 0xA000000000000000), (0x4005, 0x0000000000000001), (0x7FFF, 0), (0x403E, 1 << 63), (0xC03E, 1 << 63),
-        (0x3FFE, 1 << 63), (0x4034, 0x8000000000000001), (0x3C00, 0xFFFFFFFFFFFFFFFF), (0x43FE, 0xFFFFFFFFFFFFF800),
+        (0x8000, 0x7FFFFFFFFFFFFFFF), (0, 1 << 63), (1, 1 << 63), (0x7FFE, 0xFFFFFFFFFFFFFFFF),
+        (0x7FFF, 1 << 63),
+        (0xFFFF, 1 << 63), (0x7FFF, 0xC000000000000000), (0xFFFF, 0xC123456789ABCDEF),
+        (0x7FFF, 0x8000000000000001),
+        (0xFFFF, 0xA000000000000000), (0x4005, 0x0000000000000001), (0x7FFF, 0), (0x403E, 1 << 63),
+        (0xC03E, 1 << 63),
+        (0x3FFE, 1 << 63), (0x4034, 0x8000000000000001), (0x3C00, 0xFFFFFFFFFFFFFFFF),
+        (0x43FE, 0xFFFFFFFFFFFFF800),
     )
 )  # fmt: skip
 
@@ -87,7 +94,9 @@ def double(rng: Random) -> bytes:
 def extended(rng: Random) -> bytes:
     kind = rng.getrandbits(2)
     if kind == 0:  # a normal number near 1, so that results are of interest too
-        return struct.pack("<QH", rng.getrandbits(63) | 1 << 63, rng.randint(0x3FF0, 0x400F) | rng.getrandbits(1) << 15)
+        return struct.pack(
+            "<QH", rng.getrandbits(63) | 1 << 63, rng.randint(0x3FF0, 0x400F) | rng.getrandbits(1) << 15
+        )
     if kind == 1:
         value = rng.choice((rng.getrandbits(8), rng.getrandbits(20), rng.getrandbits(63))) + 1
         shift = 64 - value.bit_length()

@@ -1,12 +1,13 @@
 """A process that runs cases, and the handle that its parent holds.
 
-`python -m tests.insn.worker native|translated` reads pickled lists of cases from standard input and writes a pickled
-list of outcomes for each.  Native and translated runs install handlers for the same signals, and a wild case
-can end its process: so each kind has its own process, and the parent starts a new one when it died.
+`python -m tests.insn.worker native|translated` reads pickled lists of cases from standard input and writes a
+pickled list of outcomes for each.  Native and translated runs install handlers for the same signals, and a
+wild case can end its process: so each kind has its own process, and the parent starts a new one when it died.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -76,10 +77,8 @@ class Worker:
         process.kill()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # what was still buffered for a dead process
                     stream.close()
-                except BrokenPipeError:  # what was still buffered for a dead process
-                    pass
         return process.wait()
 
     def send(self, cases: Sequence[Case]) -> None:
@@ -93,14 +92,12 @@ class Worker:
                 cwd=ROOT,
             )
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # receive() finds out
             _send(self._process.stdin, self._waiting)
-        except BrokenPipeError:
-            pass  # receive() finds out
 
     def receive(self, deadline_seconds: float = ANSWER_SECONDS) -> list[CpuState]:
-        """The outcomes of the cases sent.  A case that ends the process has stop kind "crashed", one that keeps it for
-        too long has "hung"."""
+        """The outcomes of the cases sent.  A case that ends the process has stop kind "crashed", one that
+        keeps it for too long has "hung"."""
         cases, self._waiting = self._waiting, []
         answer = self._answer(deadline_seconds)
         if isinstance(answer, list):
@@ -119,7 +116,8 @@ class Worker:
 
     def _answer(self, deadline_seconds: float) -> list[CpuState] | Stop:
         process = self._process
-        assert process is not None and process.stdout is not None
+        assert process is not None
+        assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], deadline_seconds)
         if not ready:
             self._end()

@@ -1,0 +1,124 @@
+"""Runs generated cases natively and translated, and compares: `python -m tests.insn.agree SEED START COUNT`.
+
+Both processes work at the same time: while one batch runs translated the next runs natively.  A case
+that doesn't end natively is excluded (nothing to compare with), and never reaches the translated runner.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from tests.insn.generate import Generator
+from tests.insn.state import Blind, Case, CpuState, differences
+from tests.insn.worker import NATIVE, TRANSLATED, Worker
+
+BATCH = 200
+NATIVE_ENDS = frozenset(("hlt", "fault"))
+MAX_FAILURES = 40  # then a shard stops: there is enough to look at
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    seed: int
+    index: int
+    case: Case
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        code = self.case.code().hex(" ")
+        rows = ", ".join(self.case.rows) or self.case.group
+        return f"{self.seed}:{self.index} [{rows}] {code}: " + "; ".join(self.lines)
+
+
+@dataclass(slots=True)
+class Report:
+    """Counts by group; `excluded` by reason."""
+
+    tried: Counter[str] = field(default_factory=Counter)
+    agreed: Counter[str] = field(default_factory=Counter)
+    masked: Counter[str] = field(default_factory=Counter)
+    excluded: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        self.tried += other.tried
+        self.agreed += other.agreed
+        self.masked += other.masked
+        self.excluded += other.excluded
+        self.failures += other.failures
+
+    def table(self) -> str:
+        lines = [f"{'group':<16}{'tried':>8}{'agreed':>8}{'masked':>8}{'excluded':>9}{'differ':>8}"]
+        differ = Counter(failure.case.group for failure in self.failures)
+        excluded = Counter[str]()
+        for (group, _), count in self.excluded.items():
+            excluded[group] += count
+        for group in (*sorted(self.tried), "all"):
+            pick = Counter.total if group == "all" else (lambda counter, group=group: counter[group])
+            counts = [pick(c) for c in (self.tried, self.agreed, self.masked)]
+            counts_text = "".join(f"{n:>8}" for n in counts)
+            lines.append(f"{group:<16}{counts_text}{pick(excluded):>9}{pick(differ):>8}")
+        lines += [f"excluded: {n} {group}: {reason}" for (group, reason), n in sorted(self.excluded.items())]
+        return "\n".join(lines)
+
+
+def _batches(seed: int, start: int, count: int) -> Iterator[list[tuple[int, Case]]]:
+    generator = Generator(seed)
+    for first in range(start, start + count, BATCH):
+        yield [(index, generator.case(index)) for index in range(first, min(first + BATCH, start + count))]
+
+
+def _judge(report: Report, seed: int, index: int, case: Case, native: CpuState, translated: CpuState) -> None:
+    lines = differences(case, native, translated)
+    if lines:
+        report.failures.append(Failure(seed, index, case, tuple(lines)))
+    elif case.blind != Blind() and differences(replace(case, blind=Blind()), native, translated):
+        report.masked[case.group] += 1
+    else:
+        report.agreed[case.group] += 1
+
+
+def run(seed: int, start: int, count: int) -> Report:
+    """The cases start..start+count-1 of a seed."""
+    report = Report()
+    pending: list[tuple[int, Case, CpuState]] = []
+
+    def collect(worker: Worker) -> None:
+        for (index, case, native), translated in zip(pending, worker.receive(), strict=True):
+            _judge(report, seed, index, case, native, translated)
+
+    with Worker(NATIVE) as native_worker, Worker(TRANSLATED) as translated_worker:
+        for batch in _batches(seed, start, count):
+            native_worker.send([case for _, case in batch])
+            outcomes = native_worker.receive()
+            if pending:
+                collect(translated_worker)
+                if len(report.failures) >= MAX_FAILURES:
+                    return report
+            pending = []
+            for (index, case), native in zip(batch, outcomes, strict=True):
+                report.tried[case.group] += 1
+                if native.stop.kind in NATIVE_ENDS:
+                    pending.append((index, case, native))
+                else:
+                    report.excluded[case.group, f"native run ended with {native.stop}"] += 1
+            translated_worker.send([case for _, case, _ in pending])
+        if pending:
+            collect(translated_worker)
+    return report
+
+
+def main() -> int:
+    seed, start, count = (int(argument) for argument in sys.argv[1:4])
+    report = run(seed, start, count)
+    print(report.table())
+    for failure in report.failures:
+        print(failure)
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ launcher ends, however it ends, and the children when this process ends.
 Requests and reports are records (memory_node/wire.py) on a socket pair:
   {"op": "fork", node, entry, config, title, log, host_cpus}  ->  {"op": "forked", node, pid} + its pidfd
   ... later, unasked                                           ->  {"op": "exited", node, pid, status}
-  once, when the imports are done                              ->  {"op": "warm"}
+  once, when a module does not import                          ->  {"op": "failed", error}
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class ForkServer:
     pidfd: int
     sock: socket.socket
     statuses: dict[int, int] = field(default_factory=dict)  # wait status by pid
+    stopped: bool = False
 
     @classmethod
     def start(cls, preload: Sequence[str]) -> ForkServer:
@@ -118,14 +119,16 @@ class ForkServer:
                 return None
         return self.statuses[child.pid]
 
-    def stop(self) -> int:
-        """End it and with it all its children; its wait status. May be called again."""
+    def stop(self) -> None:
+        """End it and with it all its children. May be called again."""
+        if self.stopped:
+            return
+        self.stopped = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
+        os.waitpid(self.pid, 0)
         os.close(self.pidfd)
         self.sock.close()
-        return status
 
     def _receive(self) -> tuple[dict[str, Any], list[int]]:
         try:
@@ -158,6 +161,7 @@ def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
             wire.send_record(sock, {"op": "failed", "error": f"{module} does not import: {e!r}"})
             raise
     gc.freeze()  # children share these pages as long as no collection touches them
+    redirect_standard(os.devnull)
     children: dict[int, tuple[int, str]] = {}  # pidfd -> pid, node
     poll = select.poll()
     poll.register(sock, select.POLLIN)
@@ -192,7 +196,7 @@ def _run_child(parent: int, request: dict[str, Any]) -> None:
     die_with_parent(parent)
     close_other_descriptors()
     os.setsid()
-    _redirect(Path(request["log"]))
+    redirect_standard(request["log"])
     _set_title(request["title"], request["node"])
     if request["host_cpus"]:
         os.sched_setaffinity(0, request["host_cpus"])
@@ -227,8 +231,8 @@ def close_other_descriptors(*kept: int) -> None:
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
-def _redirect(log: Path) -> None:
-    """Standard input from nowhere, standard output and error into the log file."""
+def redirect_standard(log: str | Path) -> None:
+    """Standard input from nowhere, standard output and error into a file: our user's pipes get their end."""
     null = os.open(os.devnull, os.O_RDONLY)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(null, 0)

@@ -19,14 +19,19 @@ _libc.getauxval.argtypes = (ctypes.c_ulong,)
 _libc.getauxval.restype = ctypes.c_ulong
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel SIGKILL this process when its parent (whose pid is given) ends.
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent (whose pid is given) ends.
 
     The signal follows the parent *thread*: only a parent's main thread may fork such children.
     """
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
+
+
+def outlive_parent() -> None:
+    """Undo die_with_parent."""
+    _prctl(PR_SET_PDEATHSIG, 0)
 
 
 def set_thread_name(name: str) -> None:

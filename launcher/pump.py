@@ -4,7 +4,7 @@ It is apart from the launcher so that either may be killed: when the launcher en
 this process shows what is still in the console socket, restores the terminal and exits; when this
 process is killed, the launcher restores the terminal. It is forked off before the launcher has threads.
 
-Records to it:    {"op": "connect", path} | {"op": "say", text} | {"op": "finish"}
+Records to it:    {"op": "connect", path} | {"op": "say", text} | {"op": "finish"} | {"op": "leave"}
 Records from it:  {"op": "connected"} | {"op": "until"} | {"op": "leave"} | {"op": "closed"} |
                   {"op": "failed", error} | {"op": "output-closed"}
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.console import HOW_TO_LEAVE, KeyFilter, TextWatch
-from launcher.forkserver import close_other_descriptors, run_and_exit
+from launcher.forkserver import close_other_descriptors, redirect_standard, run_and_exit
 from launcher.process_unsafe import set_thread_name
 from launcher.terminal import SANE, Terminal
 from memory_node import wire
@@ -49,6 +49,7 @@ class Pump:
     pidfd: int
     sock: socket.socket
     terminal: Terminal | None
+    stopped: bool = False
 
     @classmethod
     def start(cls, options: PumpOptions) -> Pump:
@@ -80,19 +81,32 @@ class Pump:
             return None
         return received[0] if received else None
 
-    def finish(self) -> None:
-        """Wait until all that the console has said is shown, its socket having an end; then end it."""
+    def finish(self, interrupt: int) -> None:
+        """Wait until all that the console has said is shown, its socket having an end; then end it.
+
+        A reader of our output that has stopped reading holds this up, until `interrupt` is readable.
+        """
         self._send({"op": "finish"})
+        while interrupt not in select.select([self.sock.fileno(), interrupt], [], [])[0]:
+            if self.read() is None:
+                break
+        self.stop()
+
+    def leave(self) -> None:
+        """End it in order, although the console goes on."""
+        self._send({"op": "leave"})
         while self.read() is not None:
             pass
         self.stop()
 
     def stop(self) -> None:
-        """End it at once and restore the terminal, in case it could not."""
+        """End it at once and restore the terminal, in case it could not. May be called again."""
+        if self.stopped:
+            return
+        self.stopped = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        os.waitpid(self.pid, 0)
         os.close(self.pidfd)
         self.sock.close()
         if self.terminal is not None:
@@ -122,6 +136,8 @@ class _PumpProcess:
             signal.signal(number, signal.SIG_IGN)  # the launcher acts on these and ends this process
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # in the background: reads fail, nothing stops
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        if not self._options.show:
+            redirect_standard(os.devnull)
         set_thread_name("console")
         try:
             while not (self._finishing and self._console is None):
@@ -161,6 +177,11 @@ class _PumpProcess:
                 self._say(record["text"])
             case "finish":
                 self._finishing = True
+            case "leave":
+                self._finishing = True
+                if self._console is not None:
+                    self._console.close()
+                    self._console = None
 
     def _connect(self, path: Path) -> None:
         console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -1,0 +1,116 @@
+"""The control socket of a running machine: what `launcher ps` and `launcher down` talk to.
+
+One record (memory_node/wire.py) asks, one answers: {"op": "ps"} -> {"rows": [...]}, {"op": "down"} -> {}.
+An answer may come later than the request; the connection stays open until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import EXIT_DIED, LauncherError
+from memory_node import wire
+
+OPERATIONS = ("ps", "down")
+ANSWER_S = 10.0
+DOWN_MS = 30_000  # longer than the supervisor is polite
+
+
+class NoAnswer(LauncherError):
+    """A launcher that is running does not answer."""
+
+    exit_status = EXIT_DIED
+
+
+class ControlServer:
+    """The launcher's side; its loop waits on `descriptors` and calls `readable`."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = wire.listen(path)
+        self._clients: dict[int, socket.socket] = {}
+
+    def descriptors(self) -> list[int]:
+        return [self._listener.fileno(), *self._clients]
+
+    def readable(self, fd: int) -> Iterator[tuple[int, str]]:
+        """(client, operation) for each request that has arrived there."""
+        if fd == self._listener.fileno():
+            client, _ = self._listener.accept()
+            client.setblocking(False)
+            self._clients[client.fileno()] = client
+        elif fd in self._clients:
+            op = self._request(self._clients[fd])
+            if op is None:
+                self._drop(fd)
+            elif op in OPERATIONS:
+                yield fd, op
+            else:
+                self.answer(fd, {"error": f"no operation {op!r}, there are: {', '.join(OPERATIONS)}"})
+
+    def answer(self, client: int, reply: dict[str, Any]) -> None:
+        """Send the reply and hang up; a client that is gone by now gets none."""
+        if client in self._clients:
+            with contextlib.suppress(OSError):
+                wire.send_record(self._clients[client], reply)
+            self._drop(client)
+
+    def close(self) -> None:
+        self._listener.close()
+        for client in list(self._clients):
+            self._drop(client)
+
+    def _drop(self, client: int) -> None:
+        self._clients.pop(client).close()
+
+    @staticmethod
+    def _request(client: socket.socket) -> str | None:
+        try:
+            received = wire.receive_record(client)
+        except (OSError, wire.BadRecord):
+            return None
+        if received is None:
+            return None
+        request, fds = received
+        for fd in fds:
+            os.close(fd)
+        return str(request.get("op"))
+
+
+def ask(path: Path, op: str, machine: str) -> dict[str, Any]:
+    """One request to a running machine's launcher; NoAnswer when it is stuck or ends meanwhile."""
+    try:
+        with contextlib.closing(wire.connect(path, ANSWER_S)) as sock:
+            wire.send_record(sock, {"op": op})
+            received = wire.receive_record(sock)
+    except (OSError, wire.BadRecord) as e:
+        raise NoAnswer(f"{machine}: its launcher does not answer: {e}") from e
+    if received is None:
+        raise NoAnswer(f"{machine}: its launcher has ended")
+    if "error" in received[0]:
+        raise NoAnswer(f"{machine}: {received[0]['error']}")
+    return received[0]
+
+
+def down(path: Path, machine: str, pid: int | None) -> None:
+    """End a machine; returns when its launcher, `pid`, has ended, and with it all that was the machine's."""
+    try:
+        pidfd = os.pidfd_open(pid) if pid is not None else None
+    except ProcessLookupError:
+        return
+    ask(path, "down", machine)
+    if pidfd is None:
+        return
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    ended = poll.poll(DOWN_MS)
+    os.close(pidfd)
+    if not ended:
+        raise NoAnswer(
+            f"{machine}: its launcher (pid {pid}) is still ending; `kill -9 {pid}` ends it at once"
+        )

@@ -1,0 +1,240 @@
+"""The command line: `launcher up | down | ps | console | check | version`.
+
+Imports little at its top, so that Ctrl-C has its quiet effect from the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import EXIT_MEANINGS, EXIT_OK, ConfigError, LauncherError
+from launcher.signals import die_quietly
+
+if TYPE_CHECKING:
+    from launcher.checks import HostFacts
+    from launcher.plan import EntryPoints
+
+LEVELS = ("debug", "info", "warning", "error")
+DESCRIPTION = "Run PCs whose every part is a process. A machine is described by a machine.toml file."
+EPILOG = "\n".join(
+    [
+        "examples:",
+        "  launcher up machines/linux.toml            boot it, its serial console in this terminal",
+        "  launcher up --detach machines/linux.toml   the same in the background",
+        "  launcher ps                                the processes of all running machines",
+        "  launcher console uart0                     attach to a serial port; Ctrl-] then q leaves",
+        "  launcher down linux                        end a machine",
+        "",
+        "exit status:",
+        *(f"  {status:<6} {meaning}" for status, meaning in EXIT_MEANINGS.items()),
+        "",
+        "Running machines have a directory each in $BACKPLANE_RUNTIME_DIR, else in",
+        "$XDG_RUNTIME_DIR/backplane, else in /tmp/backplane-<uid>.",
+    ]
+)
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    entries: EntryPoints | None = None,
+    facts: Callable[[], HostFacts] | None = None,
+) -> int:
+    """Run one command; the exit status. `entries` and `facts` replace the machine's programs and what is
+    known of the host."""
+    die_quietly()
+    options = _parser().parse_args(argv)
+    try:
+        match options.command:
+            case "up":
+                return _up(options, entries, facts)
+            case "check":
+                return _check(options, facts)
+            case "ps":
+                return _ps(options)
+            case "down":
+                return _down(options)
+            case "console":
+                return _console(options)
+            case _:
+                return _version()
+    except LauncherError as e:
+        print(f"launcher: {e}", file=sys.stderr)
+        return e.exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("launcher", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    up = commands.add_parser(
+        "up",
+        help="start a machine",
+        description="Start a machine and show its serial console here. In a terminal, keys go to the guest "
+        "as they are (Ctrl-C too) and Ctrl-] then q ends the machine; otherwise standard input is fed to the "
+        "console and its end just stops that.",
+    )
+    up.add_argument("machine", type=Path, metavar="MACHINE.toml", help="the machine file")
+    up.add_argument("--detach", action="store_true", help="return when the machine runs, leaving it running")
+    up.add_argument("--name", help="call the machine this instead of the file's machine.name")
+    up.add_argument("--until", type=_text, metavar="TEXT", help="end the machine when TEXT is on its console")
+    up.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="end it after S seconds, with exit status 4"
+    )
+    up.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default="warning",
+        help="what the processes report here (default: warning; info adds accesses to ports nobody owns)",
+    )
+    up.add_argument(
+        "--on-reset",
+        choices=("restart", "stop"),
+        help="when the guest resets itself: start again, or print the CPU state and exit with status 3 "
+        "(default: the file's machine.on_reset)",
+    )
+
+    down = commands.add_parser("down", help="end a running machine", description="End a running machine.")
+    _add_machine(down)
+    ps = commands.add_parser(
+        "ps",
+        help="list the processes of running machines",
+        description="List every process: node, pid, state, bus frames in and out, latency (half and 99 % of "
+        "the frames took at most this long), CPU time, restarts.",
+    )
+    ps.add_argument("machine", nargs="?", help="only this one (default: all)")
+    console = commands.add_parser(
+        "console",
+        help="attach to a serial port of a running machine",
+        description="Attach to a serial port. What it has said before is shown first. Ctrl-] then q leaves; "
+        "the machine goes on.",
+    )
+    console.add_argument("device", help="a device whose back end is the console, like uart0")
+    console.add_argument("--machine", help="the machine's name (default: the only one that runs)")
+
+    check = commands.add_parser(
+        "check",
+        help="validate a machine file",
+        description="Validate a machine file and print its address and IRQ map. Starts nothing.",
+    )
+    check.add_argument("machine", type=Path, metavar="MACHINE.toml", help="the machine file")
+    commands.add_parser("version", help="print versions", description="Print versions.")
+    return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("machine", nargs="?", help="the machine's name (default: the only one that runs)")
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("an empty text is there from the start")
+    return value
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of seconds above 0")
+    return seconds
+
+
+# ---- commands --------------------------------------------------------------------------------
+
+
+def _up(options: Any, entries: EntryPoints | None, facts: Callable[[], HostFacts] | None) -> int:
+    from launcher.checks import HostFacts
+    from launcher.plan import EntryPoints
+    from launcher.up import UpOptions, up
+
+    chosen = UpOptions(
+        file=options.machine,
+        name=options.name,
+        detach=options.detach,
+        until=options.until,
+        timeout_s=options.timeout,
+        log_level=options.log_level,
+        on_reset=options.on_reset,
+    )
+    return up(chosen, entries or EntryPoints(), facts or HostFacts.of_this_host)
+
+
+def _check(options: Any, facts: Callable[[], HostFacts] | None) -> int:
+    from launcher.checks import HostFacts
+    from launcher.plan import describe
+    from launcher.up import check
+
+    print(describe(check(options.machine, (facts or HostFacts.of_this_host)())))
+    return EXIT_OK
+
+
+def _ps(options: Any) -> int:
+    from launcher import report
+    from launcher.control import ask
+    from launcher.rundir import CONTROL, running_machines
+
+    machines = running_machines() if options.machine is None else [_running(options.machine)]
+    if not machines:
+        print("no machine is running")
+    for i, path in enumerate(machines):
+        if i:
+            print()
+        print(f"machine {path.name}")
+        print(report.table(ask(path / CONTROL, "ps", path.name)["rows"]))
+    return EXIT_OK
+
+
+def _down(options: Any) -> int:
+    from launcher.control import down
+    from launcher.rundir import CONTROL, launcher_pid
+
+    path = _running(options.machine)
+    down(path / CONTROL, path.name, launcher_pid(path))
+    print(f"{path.name}: ended")
+    return EXIT_OK
+
+
+def _console(options: Any) -> int:
+    from launcher.attach import attach_console
+
+    return attach_console(_running(options.machine), options.device)
+
+
+def _running(name: str | None) -> Path:
+    """The run directory of the machine that is meant."""
+    from launcher.rundir import running_machines
+
+    machines = {path.name: path for path in running_machines()}
+    running = ", ".join(machines) or "none"
+    if name is not None:
+        if name not in machines:
+            raise ConfigError(name, "", "no machine of this name is running", f"running: {running}")
+        return machines[name]
+    if len(machines) != 1:
+        problem = "no machine is running" if not machines else "several machines are running"
+        remedy = "start one with `launcher up`" if not machines else f"name one of {running}"
+        raise ConfigError("machine", "", problem, remedy)
+    return next(iter(machines.values()))
+
+
+def _version() -> int:
+    import platform
+    from importlib.metadata import version
+
+    from bus.frames import PROTOCOL_VERSION
+
+    print(f"backplane {version('backplane')}, bus protocol {PROTOCOL_VERSION}, ", end="")
+    print(f"Python {platform.python_version()}, Linux {platform.release()}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""From a machine file to all that its processes are told: device classes, addresses, lines, start state.
+
+Makes nothing and starts nothing, so that `launcher check` and every refusal leave no trace; only device
+files named in the machine file are imported, which runs their top level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bus.addressmap import AddressMap, MapConflict
+from devices.base import Device
+from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
+from launcher.boot_plan import BootPlan, prepare
+from launcher.config import DeviceTable, MachineConfig
+from launcher.forkserver import ChildSpec
+from memory_node.regions import pc_regions
+
+CPU, MEMORY = "cpu0", "memory"
+LOCAL_APIC = (0xFEE0_0000, 0xFEE0_1000)
+CONSOLE_BACKEND = "console"
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPoints:
+    """What the processes run: "package.module.function", each called with its config."""
+
+    cpu: str = "cpu_node.node.run"
+    memory: str = "memory_node.node.run"
+    device: str = "devices.host.run"
+
+    def preload(self) -> list[str]:
+        """Modules that the fork server imports once for all."""
+        entries = [entry.rpartition(".")[0] for entry in (self.cpu, self.memory, self.device)]
+        return ["zmq", "msgpack", "msgspec", "capstone", *entries]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDevice:
+    """One [[device]] with its class loaded and its settings checked."""
+
+    table: DeviceTable
+    cls: type[Device[Any]]
+    mirror_page: int | None  # in the region "mirror"; None: nothing mirrored
+    has_console: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MachinePlan:
+    """A machine that can be started."""
+
+    config: MachineConfig
+    boot: BootPlan
+    address_map: AddressMap
+    devices: tuple[PlannedDevice, ...]
+    mirror_pages: int
+    console: str | None  # the device that `up` shows
+
+    @property
+    def controllers(self) -> dict[str, Any]:
+        """Names of the 8259 pair (or None) and of the I/O APICs."""
+        pics = [d.table.name for d in self.devices if d.cls.NAME == "pic8259"]
+        ioapics = [d.table.name for d in self.devices if d.cls.NAME == "ioapic"]
+        return {"pic": pics[0] if pics else None, "ioapics": ioapics}
+
+    def longest_file_name(self) -> str:
+        """The longest name of a socket in the run directory."""
+        return max((f"console-{d.table.name}.sock" for d in self.devices), key=len, default="memory.sock")
+
+
+def make_plan(config: MachineConfig) -> MachinePlan:
+    """Load classes, place ranges and lines, read the boot images; ConfigError names what does not fit."""
+    address_map = AddressMap()
+    devices = []
+    pages = 0
+    for index, table in enumerate(config.devices):
+        device = _plan_device(config, index, table, pages)
+        pages += device.mirror_page is not None
+        _place(config, index, device, address_map)
+        devices.append(device)
+    _check_mmio(config, address_map)
+    _check_controllers(config, devices)
+    console = _pick_console(config, devices)
+    return MachinePlan(config, prepare(config), address_map, tuple(devices), pages, console)
+
+
+def child_specs(
+    plan: MachinePlan,
+    entries: EntryPoints,
+    run_dir: Path,
+    tsc_hz: int,
+    dialogue_cores: tuple[int, ...],
+    log_level: str,
+) -> tuple[ChildSpec, tuple[ChildSpec, ...]]:
+    """What to fork: the memory node, and then the devices and the CPU node."""
+    machine = plan.config.machine.name
+    shared = {"run_dir": str(run_dir), "machine": machine, "log_level": log_level}
+
+    def spec(node: str, entry: str, config: dict[str, Any], cores: tuple[int, ...] = ()) -> ChildSpec:
+        title, log = f"backplane {machine}: {node}", run_dir / f"{node}.log"
+        return ChildSpec(node, entry, {"node": node, **shared, **config}, title, log, cores)
+
+    file = plan.config.memory.file
+    regions = pc_regions(plan.config.memory_bytes, plan.mirror_pages, str(file) if file else None)
+    memory = spec(MEMORY, entries.memory, {"regions": [r.to_plain() for r in regions]})
+    devices = [
+        spec(d.table.name, entries.device, _device_config(plan, d), dialogue_cores) for d in plan.devices
+    ]
+    cpu = spec(CPU, entries.cpu, _cpu_config(plan, tsc_hz), dialogue_cores)
+    return memory, (*devices, cpu)
+
+
+def _device_config(plan: MachinePlan, device: PlannedDevice) -> dict[str, Any]:
+    return {
+        "type": device.table.type,
+        "settings": device.table.settings,
+        "irqs": device.table.irqs,
+        "mirror_index": device.mirror_page,
+        "controllers": [d.table.name for d in plan.devices if d.cls.CONTROLLER],
+        "cpus": [CPU],
+    }
+
+
+def _cpu_config(plan: MachinePlan, tsc_hz: int) -> dict[str, Any]:
+    return {
+        "map": plan.address_map.to_plain(),
+        "memory_size": plan.config.memory_bytes,
+        "tsc_hz": tsc_hz,
+        "apic": plan.config.cpu.apic,
+        "user_mode": plan.config.cpu.user_mode,
+        "controllers": plan.controllers,
+        "start": plan.boot.start,
+    }
+
+
+def _plan_device(config: MachineConfig, index: int, table: DeviceTable, page: int) -> PlannedDevice:
+    try:
+        cls = load_class(table.type)
+    except BadDeviceType as e:
+        raise config.error(f"device[{index}].type", str(e), "correct it") from e
+    try:
+        settings = make_settings(cls, table.settings)
+    except BadSettings as e:
+        raise config.error(f"device[{index}].settings", str(e), "correct it") from e
+    mirrored = any(r.mirrored for r in (*cls.PORTS, *cls.MMIO))
+    console = any(getattr(settings, c.setting) == CONSOLE_BACKEND for c in cls.CHANNELS)
+    return PlannedDevice(table, cls, page if mirrored else None, console)
+
+
+def _place(config: MachineConfig, index: int, device: PlannedDevice, address_map: AddressMap) -> None:
+    table, cls = device.table, device.cls
+    ports, mmio = {r.name for r in cls.PORTS}, {r.name for r in cls.MMIO}
+    for key, given, known in (
+        ("ports", table.ports, ports),
+        ("mmio", table.mmio, mmio),
+        ("irqs", table.irqs, set(cls.IRQS)),
+    ):
+        if stray := sorted(given.keys() - known):
+            has = f"it has {', '.join(sorted(known))}" if known else f"it has no {key}"
+            problem = f"{cls.NAME} has no {stray[0]!r}: {has}"
+            raise config.error(f"device[{index}].{key}", problem, "correct the name")
+    try:
+        address_map.add_device(
+            table.name, (*cls.PORTS, *cls.MMIO), {**table.ports, **table.mmio}, device.mirror_page
+        )
+        for line, irq in table.irqs.items():
+            address_map.add_line(table.name, line, irq)
+    except MapConflict as e:
+        raise config.error(f"device[{index}]", str(e), "change the base address or IRQ of one") from e
+
+
+def _check_mmio(config: MachineConfig, address_map: AddressMap) -> None:
+    for entry in address_map.entries("mmio"):
+        if entry.base < config.memory_bytes:
+            problem = f"{entry.node}: {entry} lies in RAM, which ends at {config.memory_bytes:08x}"
+            raise config.error("device", problem, "move it up, or give the machine less memory")
+        if config.cpu.apic and entry.base < LOCAL_APIC[1] and LOCAL_APIC[0] < entry.end:
+            raise config.error("device", f"{entry.node}: {entry} is the local APIC's place", "move it")
+
+
+def _check_controllers(config: MachineConfig, devices: list[PlannedDevice]) -> None:
+    pics = [d.table.name for d in devices if d.cls.NAME == "pic8259"]
+    if len(pics) > 1:
+        raise config.error("device", f"{' and '.join(pics)} are both 8259 pairs", "keep one")
+    if not config.cpu.apic and not pics:
+        problem = "neither a local APIC (cpu.apic) nor a pic8259: no interrupt could reach the CPU"
+        raise config.error("device", problem, "add one, or set apic = true in [cpu]")
+
+
+def _pick_console(config: MachineConfig, devices: list[PlannedDevice]) -> str | None:
+    names = [d.table.name for d in devices if d.has_console]
+    wanted = config.machine.console
+    if wanted is not None:
+        if wanted not in names:
+            has = f"these have: {', '.join(names)}" if names else "no device has"
+            problem = f"{wanted!r} has no console back end, {has}"
+            raise config.error("machine.console", problem, 'set backend = "console" in its settings')
+        return wanted
+    if len(names) > 1:
+        problem = f"which of {', '.join(names)} is to be shown is not said"
+        raise config.error("machine.console", problem, "name one")
+    return names[0] if names else None
+
+
+def describe(plan: MachinePlan) -> str:
+    """What `launcher check` prints."""
+    config = plan.config
+    lines = [
+        f"machine {config.machine.name}: {config.memory_bytes >> 20} MiB, "
+        f"{'with' if config.cpu.apic else 'without'} APIC, boots {type(config.boot).__name__}",
+        "",
+        *(f"{d.table.name}: {d.table.type}" for d in plan.devices),
+        "",
+        plan.address_map.describe(),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,367 @@
+"""One machine's life: start its processes, watch them, answer for them, end them.
+
+All waiting happens in one place (`_turn`), on the bus, the processes' pidfds, signals, the console
+process and the control socket; whatever ends the machine raises MachineEnd there. Until processes can
+be replaced while the machine runs, the death of any of them ends it. Nothing can survive: see the chain
+of life in launcher/forkserver.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bus.endpoint import Endpoint, Received
+from bus.frames import Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, Stats, StatsReply
+from launcher import report
+from launcher.control import ControlServer
+from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
+from launcher.forkserver import Child, ChildSpec, ForkServer
+from launcher.journal import Journal
+from launcher.pump import Pump
+from launcher.rundir import CONTROL
+from launcher.signals import Signals
+from memory_node.client import MemoryClient, MemoryRefused
+
+LAUNCHER, MEMORY, CPU = "launcher", "memory", "cpu0"
+SECOND_NS = 1_000_000_000
+START_S = 60.0  # for all processes to say "ready"; a busy host is slow, not broken
+LAST_WORDS_S = 0.2  # for events that a process sent before it ended
+POLITE_S = 6.0  # for a process to end after Shutdown; a device may take 5 s for a slow reader of its console
+ANSWER_NS = 5 * SECOND_NS
+STATS_NS = 300_000_000
+RESET_KINDS = ("reset", "triple-fault")
+
+
+class MachineEnd(Exception):
+    """The machine is to end: with which exit status, and what to tell the user."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(line)
+        self.status, self.line = status, line
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a machine is made of, in the order of its start."""
+
+    machine: str
+    run_dir: Path
+    memory: ChildSpec
+    others: tuple[ChildSpec, ...]  # the devices, then the CPU node
+    images: list[tuple[int, bytes]]
+    start: dict[str, int]
+    console: Path | None  # socket of the console device, when someone wants to see it
+    stop_on_reset: bool
+
+
+@dataclass(slots=True)
+class Process:
+    """A process of the machine as `ps` and the one-line obituary describe it."""
+
+    child: Child
+    log: Path
+    ready: bool = False
+    restarts: int = 0
+    last_words: str = ""  # why it is about to end, in its own words
+    last_frame: str = ""
+    last_frame_ns: int = 0
+
+
+@dataclass(slots=True)
+class _PsRequest:
+    client: int
+    deadline_ns: int
+    missing: set[str]
+    counters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Made when the run directory is ours; `live` blocks until the machine has ended."""
+
+    def __init__(
+        self, launch: Launch, forkserver: ForkServer, pump: Pump | None, signals: Signals, journal: Journal
+    ) -> None:
+        self._launch, self._forkserver, self._pump = launch, forkserver, pump
+        self._signals, self._journal = signals, journal
+        self._processes: dict[str, Process] = {}
+        self._ps_requests: list[_PsRequest] = []
+        self._deadline_ns: int | None = None
+        self._started_ns = time.monotonic_ns()
+        self._console_open = False
+        self._endpoint = Endpoint(launch.run_dir, LAUNCHER)
+        self._control = ControlServer(launch.run_dir / CONTROL)
+
+    def live(self, timeout_s: float | None, on_ready: Callable[[], None]) -> MachineEnd:
+        """Start the machine, run it, end it; nothing of it is left when this returns why it ended."""
+        if timeout_s is not None:
+            self._deadline_ns = self._started_ns + int(timeout_s * SECOND_NS)
+        try:
+            self._start()
+            on_ready()
+            while True:
+                self._turn(None)
+        except MachineEnd as end:
+            self._stop()
+            return end
+        finally:
+            self._destroy()
+
+    # ---- start ---------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._endpoint.bind()
+        self._fork(self._launch.memory)
+        self._wait_for(lambda: self._processes[MEMORY].ready, START_S, "memory is not ready")
+        self._load_images()
+        for spec in self._launch.others:
+            self._fork(spec)
+            self._turn(0)
+        self._wait_for(
+            lambda: all(p.ready for p in self._processes.values()),
+            START_S,
+            lambda: "not ready: " + ", ".join(n for n, p in self._processes.items() if not p.ready),
+        )
+        if self._pump is not None and self._launch.console is not None:
+            self._pump.connect(self._launch.console)
+            self._wait_for(lambda: self._console_open, START_S, "the console did not open")
+
+    def _fork(self, spec: ChildSpec) -> None:
+        child = self._forkserver.fork(spec)
+        self._processes[spec.node] = Process(child, spec.log)
+        self._endpoint.connect(spec.node)
+
+    def _load_images(self) -> None:
+        try:
+            with MemoryClient(self._launch.run_dir) as memory:
+                for pa, data in self._launch.images:
+                    memory.load("ram", pa, data)
+        except MemoryRefused as e:
+            self._turn(SECOND_NS)  # if it died, its pidfd says so
+            raise MachineEnd(EXIT_DIED, str(e)) from e
+
+    def _wait_for(
+        self, condition: Callable[[], bool], timeout_s: float, failure: str | Callable[[], str]
+    ) -> None:
+        deadline_ns = time.monotonic_ns() + int(timeout_s * SECOND_NS)
+        while not condition():
+            left_ns = deadline_ns - time.monotonic_ns()
+            if left_ns <= 0:
+                text = failure if isinstance(failure, str) else failure()
+                raise MachineEnd(EXIT_DIED, f"after {timeout_s:g} s: {text}")
+            self._turn(left_ns)
+
+    # ---- the one place that waits --------------------------------------------------------------
+
+    def _turn(self, timeout_ns: int | None) -> None:
+        """Wait for the next thing to happen, or for the time to pass, and act on it."""
+        pidfds = {p.child.pidfd: node for node, p in self._processes.items()}
+        fds = [self._signals.descriptor, self._forkserver.pidfd, self._forkserver.sock.fileno(), *pidfds]
+        if self._pump is not None:
+            fds += [self._pump.sock.fileno(), self._pump.pidfd]
+        fds += self._control.descriptors()
+        readable, _ = self._endpoint.wait(self._wait_ns(timeout_ns), fds)
+        for received in self._endpoint.receive():
+            self._take_frame(received)
+        if self._signals.descriptor in readable and (number := self._signals.take()) is not None:
+            raise MachineEnd(EXIT_SIGNAL + number, f"ended by {number.name}")
+        if self._deadline_ns is not None and time.monotonic_ns() >= self._deadline_ns:
+            raise MachineEnd(EXIT_TIMEOUT, "still running when --timeout had passed")
+        if self._forkserver.pidfd in readable:
+            self._bury_forkserver()
+        if self._forkserver.sock.fileno() in readable:
+            self._forkserver.read_reports()
+        for fd in readable & pidfds.keys():
+            self._bury(pidfds[fd])
+        if self._pump is not None and readable & {self._pump.sock.fileno(), self._pump.pidfd}:
+            self._take_pump_record(self._pump)
+        for fd in readable.intersection(self._control.descriptors()):
+            for client, op in self._control.readable(fd):
+                self._obey(client, op)
+        self._answer_ps()
+
+    def _wait_ns(self, timeout_ns: int | None) -> int | None:
+        """`timeout_ns`, or less where a deadline comes first."""
+        now = time.monotonic_ns()
+        waits = [r.deadline_ns - now for r in self._ps_requests]
+        if timeout_ns is not None:
+            waits.append(timeout_ns)
+        if self._deadline_ns is not None:
+            waits.append(self._deadline_ns - now)
+        return max(0, min(waits)) if waits else None
+
+    def _take_frame(self, received: Received) -> None:
+        process = self._processes.get(received.peer)
+        if process is not None:
+            process.last_frame = report.frame_name(received.frame)
+            process.last_frame_ns = time.monotonic_ns()
+        match received.frame:
+            case Event(kind="ready"):
+                if process is not None:
+                    process.ready = True
+            case Event(kind="poweroff"):
+                raise MachineEnd(EXIT_OK, f"powered off after {self._uptime_s():.1f} s")
+            case Event(kind=kind) as event if kind in RESET_KINDS:
+                self._reset(received.peer, event)
+            case Event(kind="device-error" | "cpu-error", text=text):
+                if process is not None:
+                    process.last_words = text
+            case Event() as event:
+                self._journal.event(received.peer, event)
+            case StatsReply(counters=counters):
+                for request in self._ps_requests:
+                    request.counters[received.peer] = counters
+                    request.missing.discard(received.peer)
+            case _:
+                pass  # an answer that came too late
+
+    def _take_pump_record(self, pump: Pump) -> None:
+        record = pump.read()
+        if record is None:
+            raise MachineEnd(EXIT_DIED, f"the console process (pid {pump.pid}) died")
+        match record["op"]:
+            case "connected":
+                self._console_open = True
+                self._journal.use_console(pump)
+            case "until":
+                raise MachineEnd(EXIT_OK, "the text of --until has appeared")
+            case "leave":
+                raise MachineEnd(EXIT_OK, "left with Ctrl-] q")
+            case "output-closed":
+                raise MachineEnd(EXIT_OUTPUT, "standard output was closed")
+            case "failed":
+                raise MachineEnd(EXIT_DIED, f"the console: {record['error']}")
+            case "closed":
+                pass  # the device has ended, and its pidfd says so
+
+    def _obey(self, client: int, op: str) -> None:
+        match op:
+            case "down":
+                self._control.answer(client, {})
+                raise MachineEnd(EXIT_OK, "ended by `launcher down`")
+            case "ps":
+                asked = {node for node, process in self._processes.items() if process.ready}
+                for node in asked:
+                    self._endpoint.send(node, Stats())
+                self._ps_requests.append(_PsRequest(client, time.monotonic_ns() + STATS_NS, asked))
+
+    def _answer_ps(self) -> None:
+        for request in list(self._ps_requests):
+            if not request.missing or time.monotonic_ns() >= request.deadline_ns:
+                self._ps_requests.remove(request)
+                self._control.answer(request.client, {"rows": list(self._ps_rows(request))})
+
+    def _ps_rows(self, request: _PsRequest) -> Iterator[dict[str, Any]]:
+        own = self._endpoint.stats()
+        yield report.ps_row("launcher", os.getpid(), own)
+        yield report.ps_row("forkserver", self._forkserver.pid, None)
+        if self._pump is not None:
+            yield report.ps_row("console", self._pump.pid, None)
+        for node, process in self._processes.items():
+            row = report.ps_row(node, process.child.pid, request.counters.get(node), process.restarts)
+            if not process.ready:
+                row["state"] = "starting"
+            elif node in request.missing:
+                row["state"] += ", silent"
+            yield row
+
+    # ---- deaths --------------------------------------------------------------------------------
+
+    def _bury(self, node: str) -> None:
+        """A process has ended. What it said before may explain it; else name it."""
+        self._hear_last_words()
+        process = self._processes[node]
+        if self._forkserver_died():
+            self._bury_forkserver()
+        status = self._forkserver.wait_status(process.child, LAST_WORDS_S)
+        raise MachineEnd(EXIT_DIED, report.obituary(node, process, status))
+
+    def _bury_forkserver(self) -> None:
+        self._hear_last_words()
+        pid = self._forkserver.pid
+        raise MachineEnd(EXIT_DIED, f"the fork server (pid {pid}) died, and with it all processes")
+
+    def _forkserver_died(self) -> bool:
+        readable, _ = self._endpoint.wait(0, [self._forkserver.pidfd])
+        return bool(readable)
+
+    def _hear_last_words(self) -> None:
+        deadline_ns = time.monotonic_ns() + int(LAST_WORDS_S * SECOND_NS)
+        while (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+            self._endpoint.wait(left_ns)
+            for received in self._endpoint.receive():
+                self._take_frame(received)
+
+    # ---- reset ---------------------------------------------------------------------------------
+
+    def _reset(self, source: str, event: Event) -> None:
+        """The guest has pulled the RESET pin, or shut down with a triple fault."""
+        if self._launch.stop_on_reset:
+            state = event.data or self._cpu_state()
+            line = f"reset by {source}: {event.text}"
+            raise MachineEnd(EXIT_RESET, "\n".join([line, *report.cpu_state_lines(state)]))
+        self._journal.event(source, event)
+        nodes = [n for n in self._processes if n not in (CPU, MEMORY)]
+        try:
+            self._request(CPU, Reset())  # with no registers to start from: stay in reset
+            for node in nodes:
+                self._request(node, Reset())
+            self._load_images()
+            self._request(CPU, Reset(dict(self._launch.start)))
+        except RuntimeError as e:
+            self._turn(0)  # if one died, its pidfd says so
+            raise MachineEnd(EXIT_DIED, f"the machine could not be reset: {e}") from e
+
+    def _cpu_state(self) -> dict[str, Any]:
+        try:
+            reply = self._endpoint.request(CPU, Save(), ANSWER_NS)
+        except RuntimeError as e:
+            return {"unknown": str(e)}
+        return reply.state if isinstance(reply, SaveReply) else {"unknown": repr(reply)}
+
+    def _request(self, node: str, frame: Reset) -> None:
+        reply: Frame = self._endpoint.request(node, frame, ANSWER_NS)
+        if not isinstance(reply, ResetReply):
+            raise RuntimeError(f"{node} answered Reset with {reply}")
+
+    # ---- end -----------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """Politely: the CPU node first, so that all it has posted arrives; then the devices."""
+        self._shut_down([CPU])
+        self._shut_down([node for node in self._processes if node != CPU])
+
+    def _shut_down(self, nodes: list[str]) -> None:
+        processes = [self._processes[n] for n in nodes if n in self._processes]
+        alive = {p.child.pidfd: p.child.node for p in processes if p.ready}  # others would not hear it
+        for node in alive.values():
+            self._endpoint.send(node, Shutdown())
+        deadline_ns = time.monotonic_ns() + int(POLITE_S * SECOND_NS)
+        while alive and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+            ended, _ = self._endpoint.wait(left_ns, [*alive, self._signals.descriptor])
+            for received in self._endpoint.receive():
+                if isinstance(received.frame, Event):
+                    self._journal.event(received.peer, received.frame)
+            if self._signals.descriptor in ended and self._signals.take() is not None:
+                return  # once more Ctrl-C: no politeness
+            for fd in ended & alive.keys():
+                del alive[fd]
+
+    def _destroy(self) -> None:
+        """Whatever state things are in: no process, no terminal in raw mode, no open socket afterwards."""
+        self._forkserver.stop()
+        for process in self._processes.values():
+            report.wait_for_end(process.child.pidfd)
+            os.close(process.child.pidfd)
+        if self._pump is not None:
+            self._pump.finish(self._signals.descriptor)
+        self._journal.console_ended()
+        self._control.close()
+        self._endpoint.close(linger_ms=0)  # there is nobody left to send to
+
+    def _uptime_s(self) -> float:
+        return (time.monotonic_ns() - self._started_ns) / SECOND_NS

@@ -6,9 +6,11 @@ Source: Multiboot specification 0.6.96; i440FX data sheet, 3.2.10 (PAM: makes C0
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
+import threading
 from pathlib import Path
 
 from launcher.asm_boot import assemble
@@ -17,6 +19,7 @@ from launcher.boot_plan import BootPlan
 QEMU = shutil.which("qemu-system-i386")
 IMAGE_MIB = 64  # room for the image, above the memory the plan knows of
 HEADER_BYTES = 64
+TIME_LIMIT_S = 120
 MULTIBOOT_MAGIC, MULTIBOOT_ADDRESSES = 0x1BADB002, 0x10000
 
 STUB = """
@@ -89,14 +92,32 @@ def multiboot_image(plan: BootPlan, image_pa: int) -> bytes:
     return header.ljust(HEADER_BYTES, b"\0") + stub + table + bytes(12) + data
 
 
-def run(plan: BootPlan, scratch: Path, memory_mib: int, cpu: str = "qemu32", typed: bytes = b"") -> str:
-    """The serial output until the machine powers off; `typed` is sent at the start."""
+def run(
+    plan: BootPlan,
+    scratch: Path,
+    memory_mib: int,
+    cpu: str = "qemu32",
+    answer: tuple[bytes, bytes] | None = None,
+) -> str:
+    """The serial output until the machine powers off. `answer` is (what to wait for, what to type then)."""
     assert QEMU is not None
     image = scratch / "plan.mb"
     image.write_bytes(multiboot_image(plan, memory_mib << 20))
     command = [QEMU, "-M", "pc", "-accel", "tcg", "-cpu", cpu, "-m", str(memory_mib + IMAGE_MIB)]
     command += ["-display", "none", "-nodefaults"]
     command += ["-serial", "stdio", "-no-reboot", "-kernel", str(image)]
-    done = subprocess.run(command, input=typed, capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    return done.stdout.decode("ascii", errors="replace")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
+        assert qemu.stdin is not None
+        assert qemu.stdout is not None
+        limit = threading.Timer(TIME_LIMIT_S, qemu.kill)
+        limit.start()
+        said = b""
+        while chunk := os.read(qemu.stdout.fileno(), 4096):
+            said += chunk
+            if answer is not None and answer[0] in said:
+                qemu.stdin.write(answer[1])
+                qemu.stdin.flush()
+                answer = None
+        limit.cancel()
+    assert qemu.returncode == 0, said
+    return said.decode("ascii", errors="replace")

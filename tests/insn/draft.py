@@ -142,7 +142,7 @@ class Draft:
     # Addressing
 
     def modrm_memory(self, reg_field: int, target: int, esp_offset: int = 0) -> bytes:
-        """ModRM, SIB, displacement of an operand at `target`; as a base ESP has moved by esp_offset."""
+        """ModRM, SIB, displacement of an operand at `target`; a base ESP has moved by esp_offset."""
         rng = self.rng
         for _ in range(4):
             form = self._form(reg_field, target, esp_offset)
@@ -233,7 +233,7 @@ class Draft:
         self.code += code
 
     def finish(self, reach: int) -> None:
-        """Resolve branches; instruction numbers past the last mean the HLTs after the code, `reach` of them."""
+        """Resolve branches; numbers past the last instruction mean the HLTs after it, `reach` of them."""
         for offset, size, number in self.relative:
             distance = self._address(number, reach) - (self.eip + offset + size)
             self.code[offset : offset + size] = (distance & MASK).to_bytes(4, "little")[:size]

@@ -194,8 +194,7 @@ def _compare_strings(instance: Instance) -> None:
 
 
 def _shift(instance: Instance) -> None:
-    """Counts, and with the count known which flags are really undefined [SAL/SAR/SHL/SHR,
-    RCL/RCR/ROL/ROR]."""
+    """Counts, and with the count known which flags are really undefined [SAL and RCL pages]."""
     rng, operands = instance.rng, instance.row.operands
     count = 1
     if "CL" in operands:

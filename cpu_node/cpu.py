@@ -38,7 +38,6 @@ CR4_OSFXSR, CR4_OSXMMEXCPT = 0x200, 0x400
 DR6_FIXED, DR7_FIXED = 0xFFFF_0FF0, 0x0000_0400
 DR6_BD, DR6_BS, DR6_BT = 0x2000, 0x4000, 0x8000
 
-APIC_BASE_RESET = 0xFEE0_0900  # enabled, boot processor [11.4.4]
 PAT_RESET = 0x0007_0406_0007_0406  # [12.12.4]
 
 
@@ -153,7 +152,6 @@ class Cpu:
         self.sysenter_esp = 0
         self.sysenter_eip = 0
         self.pat = PAT_RESET
-        self.apic_base = APIC_BASE_RESET
         self.misc_enable = self.model.misc_enable_reset
         self.tsc_adjust = 0  # IA32_TSC_ADJUST: what WRMSR added to the time-stamp counter [17.17.3]
         self.halted = False
@@ -217,6 +215,6 @@ class Cpu:
 
 
 STATE_WORDS = (
-    "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat", "apic_base", "misc_enable", "tsc_adjust",
+    "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat", "misc_enable", "tsc_adjust",
     "halted", "inhibit_interrupts", "nmi_blocked", "pending_debug",
 )  # fmt: skip

@@ -37,7 +37,7 @@ def _protected(cpu: Cpu, flags: int, size: int) -> None:
     stack, esp, cpl = cpu.seg[SS], cpu.regs[ESP], cpu.cpl
     memory = cpu.memory
     if size == 4 and stack.flat and esp & PAGE_MASK <= PAGE_MASK + 1 - OUTER_FRAME:
-        # All five words are in one page, so reading the last two early can't fault where the first three don't.
+        # All five words are in one page: where three can be read, five can.
         eip, selector, image, new_esp, stack_selector = memory.read32s(esp, 5, cpl == 3)
         have_outer = True
     else:

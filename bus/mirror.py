@@ -4,7 +4,7 @@ One 4 KiB page per device in the memory node's region "mirror". The device's hos
 Layout, little-endian:
   bytes 0-2047     1024 slots of 2 bytes, one per mirrored register byte, in the order of `slots()`:
                    0 = read it synchronously; 0x4000 | value; 0x8000 | record << 4 | byte of the formula
-  bytes 2048-4095  32 formula records of eight 64-bit words: generation (odd while being written), kind,
+  bytes 2048-4095  32 formula records of eight signed 64-bit words: generation (odd while being written), kind,
                    six parameters
 Left out: a multi-byte register made of single bytes may be seen half updated; only a Counter is whole.
 """
@@ -23,7 +23,6 @@ RECORD_WORDS = 8
 SLOT_BYTE, SLOT_FORMULA = 0x4000, 0x8000
 KIND_COUNTER, KIND_STEP = 1, 2
 NS = 1_000_000_000
-WORD_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ class MirrorWriter:
 
     def __init__(self, page: memoryview, slot_of: Mapping[MirrorKey, int]) -> None:
         self._slots = page[: SLOTS * 2].cast("H")
-        self._words = page[SLOTS * 2 :].cast("Q")
+        self._words = page[SLOTS * 2 :].cast("q")
         self._slot_of = dict(slot_of)
         self._records: dict[MirrorKey, int] = {}
         self._shown: dict[MirrorKey, MirrorValue] = {}
@@ -130,7 +129,7 @@ class MirrorWriter:
             words = (KIND_STEP, *step)
         self._words[at] = generation + 1
         for i, word in enumerate(words, start=1):
-            self._words[at + i] = word & WORD_MASK
+            self._words[at + i] = word
         self._words[at] = generation + 2
 
 
@@ -139,7 +138,7 @@ class MirrorReader:
 
     def __init__(self, page: memoryview) -> None:
         self.slots = page[: SLOTS * 2].cast("H")
-        self._words = page[SLOTS * 2 : PAGE_SIZE].cast("Q")
+        self._words = page[SLOTS * 2 : PAGE_SIZE].cast("q")
         self._cache: dict[int, tuple[int, Counter | Step]] = {}  # record -> generation, formula
 
     def formula(self, entry: int, width: int, now_ns: int) -> int | None:

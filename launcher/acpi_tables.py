@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from devices.acpi_pm import CONTROL, RESET, RESET_VALUE, SLP_TYP_S5, TIMER
 from launcher import aml
 from launcher.boot_plan import devices_of
 from launcher.config import MachineConfig
@@ -17,17 +18,13 @@ from launcher.config import MachineConfig
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"BCKPLN", b"BACKPLAN", b"BKPL"
 TABLES_PA, TABLES_END = 0xE0000, 0x100000  # the BIOS area, searched for the RSDP on 16-byte steps [5.2.5.1]
 LOCAL_APIC_PA = 0xFEE00000
-S5_SLP_TYP = 5  # what the DSDT's _S5_ tells the guest to put into PM1a_CNT.SLP_TYP
 
 FADT_REVISION, FADT_LENGTH = 3, 244  # ACPI 2.0 layout: the first one with a reset register
 FADT_WBINVD, FADT_PROC_C1 = 1 << 0, 1 << 2
-FADT_NO_POWER_BUTTON, FADT_NO_SLEEP_BUTTON = 1 << 4, 1 << 5  # neither is a fixed-hardware feature
 FADT_FIX_RTC_ABSENT, FADT_TMR_VAL_EXT, FADT_RESET_REG_SUP = 1 << 6, 1 << 8, 1 << 10
 BOOT_LEGACY_DEVICES, BOOT_8042, BOOT_NO_VGA, BOOT_NO_MSI = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 BOOT_NO_CMOS_RTC = 1 << 5
 PM1_EVT_LENGTH, PM1_CNT_LENGTH, PM_TMR_LENGTH = 4, 2, 4
-PM1_CNT_OFFSET, PM_TMR_OFFSET, RESET_OFFSET = 4, 8, 12  # in the acpi_pm device's port block
-RESET_VALUE = 1
 LATENCY_C2_ABSENT, LATENCY_C3_ABSENT = 101, 1001  # microseconds; above 100 and 1000 the state is absent
 CENTURY_CMOS_INDEX = 0x32
 SYSTEM_IO = 1  # address space of a Generic Address Structure [5.2.3.2]
@@ -46,6 +43,7 @@ class AcpiMachine:
     sci_irq: int
     reset_port: int
     reset_value: int
+    timer_bits: int = 32
     uarts: tuple[tuple[int, int], ...] = ()  # (port, irq)
     keyboard_irq: int | None = None  # of the 8042
     rtc: tuple[int, int] | None = None  # (port, irq)
@@ -70,8 +68,9 @@ def describe(config: MachineConfig) -> AcpiMachine | None:
     return AcpiMachine(
         pm_base=pm_base,
         sci_irq=min(managers[0].irqs.values()),
-        reset_port=pm_base + RESET_OFFSET,
+        reset_port=pm_base + RESET,
         reset_value=RESET_VALUE,
+        timer_bits=managers[0].settings.get("timer_bits", 32),
         uarts=tuple(isa("uart16550")),
         keyboard_irq=keyboards[0][1] if keyboards else None,
         rtc=clocks[0] if clocks else None,
@@ -112,7 +111,7 @@ def dsdt(machine: AcpiMachine) -> bytes:
     if machine.rtc is not None:
         crs = aml.resources(aml.io_port(machine.rtc[0], 2), aml.irq(machine.rtc[1]))
         devices.append(aml.device("RTC", aml.name("_HID", aml.eisa_id("PNP0B00")), aml.name("_CRS", crs)))
-    slp_typ = aml.integer(S5_SLP_TYP)
+    slp_typ = aml.integer(SLP_TYP_S5)
     s5 = aml.name("_S5", aml.package(slp_typ, slp_typ, aml.integer(0), aml.integer(0)))
     return table(b"DSDT", 1, aml.scope("_SB", *devices) + s5)
 
@@ -135,10 +134,11 @@ def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
         boot_flags |= BOOT_8042
     if machine.rtc is None:
         boot_flags |= BOOT_NO_CMOS_RTC
-    flags = FADT_WBINVD | FADT_PROC_C1 | FADT_NO_POWER_BUTTON | FADT_NO_SLEEP_BUTTON
-    flags |= FADT_FIX_RTC_ABSENT | FADT_TMR_VAL_EXT | FADT_RESET_REG_SUP
+    flags = FADT_WBINVD | FADT_PROC_C1 | FADT_FIX_RTC_ABSENT | FADT_RESET_REG_SUP
+    if machine.timer_bits == 32:
+        flags |= FADT_TMR_VAL_EXT
     body = struct.pack("<IIBBHI4B", facs_pa, dsdt_pa, 0, 0, machine.sci_irq, 0, 0, 0, 0, 0)
-    body += struct.pack("<8I", pm, 0, pm + PM1_CNT_OFFSET, 0, 0, pm + PM_TMR_OFFSET, 0, 0)
+    body += struct.pack("<8I", pm, 0, pm + CONTROL, 0, 0, pm + TIMER, 0, 0)
     body += struct.pack("<8B", PM1_EVT_LENGTH, PM1_CNT_LENGTH, 0, PM_TMR_LENGTH, 0, 0, 0, 0)
     body += struct.pack("<4H", LATENCY_C2_ABSENT, LATENCY_C3_ABSENT, 0, 0)
     body += struct.pack("<5BHBI", 0, 0, 0, 0, CENTURY_CMOS_INDEX, boot_flags, 0, flags)
@@ -146,9 +146,9 @@ def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
     body += struct.pack("<BHB", machine.reset_value, 0, 0)
     body += struct.pack("<QQ", 0, dsdt_pa)  # X_FIRMWARE_CTRL only where FIRMWARE_CTRL is 0
     body += generic_address(pm, PM1_EVT_LENGTH, 2) + bytes(12)
-    body += generic_address(pm + PM1_CNT_OFFSET, PM1_CNT_LENGTH, 2) + bytes(12)
+    body += generic_address(pm + CONTROL, PM1_CNT_LENGTH, 2) + bytes(12)
     body += bytes(12)
-    body += generic_address(pm + PM_TMR_OFFSET, PM_TMR_LENGTH, 4)
+    body += generic_address(pm + TIMER, PM_TMR_LENGTH, 4)
     body += bytes(24)
     assert len(body) == FADT_LENGTH - 36
     return table(b"FACP", FADT_REVISION, body)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import aml
-from launcher.acpi_tables import S5_SLP_TYP, TABLES_PA, AcpiMachine, build, describe
+from launcher.acpi_tables import SLP_TYP_S5, TABLES_PA, AcpiMachine, build, describe
 from launcher.config import read_config
 
 MACHINES = Path(__file__).parents[2] / "machines"
@@ -70,7 +70,9 @@ def test_the_fadt_names_the_power_management_ports() -> None:
     (boot_flags,) = struct.unpack_from("<H", fadt, 109)
     assert boot_flags == 0x000F  # legacy devices, 8042, no VGA, no MSI
     (flags,) = struct.unpack_from("<I", fadt, 112)
-    assert flags & 1 << 10  # RESET_REG_SUP
+    assert flags == 1 << 0 | 1 << 2 | 1 << 6 | 1 << 8 | 1 << 10  # fixed buttons, 32-bit timer, reset register
+    (flags,) = struct.unpack_from("<I", tables_of(replace(PC, timer_bits=24))["FACP"], 112)
+    assert not flags & 1 << 8
     assert fadt[116:128] == struct.pack("<BBBBQ", 1, 8, 0, 1, 0x60C)
     assert fadt[128] == 1
 
@@ -114,10 +116,10 @@ def test_power_off_is_described_as_the_hello_guest_does_it() -> None:
     s5 = (
         bytes([aml.NAME_OP])
         + b"_S5_"
-        + aml.package(*[aml.integer(v) for v in (S5_SLP_TYP, S5_SLP_TYP, 0, 0)])
+        + aml.package(*[aml.integer(v) for v in (SLP_TYP_S5, SLP_TYP_S5, 0, 0)])
     )
     assert s5 in tables_of(PC)["DSDT"]
-    assert f"SLP_TYP_S5  = {S5_SLP_TYP}" in (MACHINES / "hello" / "hello.S").read_text()
+    assert f"SLP_TYP_S5  = {SLP_TYP_S5}" in (MACHINES / "hello" / "hello.S").read_text()
 
 
 def test_aml_lengths_and_integers() -> None:

@@ -162,7 +162,7 @@ def test_the_cpu_starts_as_the_32_bit_boot_protocol_says(tmp_path: Path) -> None
 
 
 def test_images_overlap_neither_each_other_nor_reserved_memory(tmp_path: Path) -> None:
-    more = '[[device]]\nname = "pm"\ntype = "acpi_pm"\nports = { regs = 0x600 }\nirqs = { sci = 9 }\n'
+    more = '[[device]]\nname = "pm"\ntype = "acpi_pm"\nports = { pm = 0x600 }\nirqs = { sci = 9 }\n'
     plan = prepare(machine(tmp_path, bzimage(), initrd=bytes(70000), cmdline="x" * 2047, more=more))
     spans = sorted((pa, pa + len(image)) for pa, image in plan.images)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))

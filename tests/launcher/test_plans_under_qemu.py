@@ -24,7 +24,7 @@ def test_the_hello_guest_ticks_echoes_and_powers_off(tmp_path: Path) -> None:
     config = read_config(MACHINES / "hello.toml")
     plan = prepare(config)
     file = MACHINES / "hello" / "hello.S"
-    constant = f"SLP_TYP_S5  = {acpi_tables.S5_SLP_TYP}"
+    constant = f"SLP_TYP_S5  = {acpi_tables.SLP_TYP_S5}"
     program = assemble(file.read_text().replace(constant, f"SLP_TYP_S5 = {QEMU_S5_SLP_TYP}"), file)
     images = [(pa, program if pa == PROGRAM_PA else image) for pa, image in plan.images]
     said = qemu_plan.run(
@@ -43,7 +43,7 @@ def test_the_hello_guest_ticks_echoes_and_powers_off(tmp_path: Path) -> None:
 def test_linux_boots_and_powers_off(
     name: str, memory_mib: int, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acpi_tables, "S5_SLP_TYP", QEMU_S5_SLP_TYP)
+    monkeypatch.setattr(acpi_tables, "SLP_TYP_S5", QEMU_S5_SLP_TYP)
     config = read_config(MACHINES / f"{name}.toml")
     assert isinstance(config.boot, LinuxBoot)
     boot = msgspec.structs.replace(config.boot, cmdline=config.boot.cmdline + " bench=off cryptomgr.notests")

@@ -28,7 +28,7 @@ BUILT_IN = {
     "pit8254": "Pit8254",
     "rtc_cmos": "RtcCmos",
     "i8042": "I8042",
-    "postcode": "Postcode",
+    "postcode": "PostCode",
     "acpi_pm": "AcpiPm",
     "ioapic": "IoApic",
 }  # module in devices/ -> class

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from devices.acpi_pm import SLP_TYP_S5
 from launcher import aml
-from launcher.acpi_tables import SLP_TYP_S5, TABLES_PA, AcpiMachine, build, describe
+from launcher.acpi_tables import TABLES_PA, AcpiMachine, build, describe
 from launcher.config import read_config
 
 MACHINES = Path(__file__).parents[2] / "machines"

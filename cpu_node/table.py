@@ -338,6 +338,7 @@ D8/7r fdivr - -
 D9/0r fld - -
 D9/1r fxch - -
 D9/2r:0 fnop - -
+D9/3r fstp - -
 D9/4r:0 fchs - -
 D9/4r:1 fabs - -
 D9/4r:4 ftst - -

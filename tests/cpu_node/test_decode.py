@@ -104,7 +104,8 @@ def test_a_cut_instruction_is_truncated_at_every_length() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["f0 90", "f0 01 c0", "f0 39 00", "0f ff", "c4 c0", "c5 c0", "62 c0", "8d c0", "0f c7 c8", "0f 0a"]
+    "text",
+    ["f0 90", "f0 01 c0", "f0 39 00", "0f ff", "c4 c0", "c5 c0", "62 c0", "8d c0", "0f c7 c8", "0f 0a"],
 )
 def test_undefined(text: str) -> None:
     with pytest.raises(Undefined):

@@ -113,7 +113,7 @@ class Draft:
         return bytes(out)
 
     def target(self, width: int, aligned: int = 1) -> int:
-        """The address of an operand: mostly in a writable page, at times across pages, read-only or absent."""
+        """The address of an operand: mostly in a writable page, else across pages, read-only or absent."""
         rng = self.rng
         width = max(width, 1)
         kind = rng.randrange(100)
@@ -142,7 +142,7 @@ class Draft:
     # Addressing
 
     def modrm_memory(self, reg_field: int, target: int, esp_offset: int = 0) -> bytes:
-        """ModRM, SIB, displacement of an operand at `target`; a base ESP has moved by esp_offset."""
+        """ModRM, SIB, displacement of an operand at `target`; as base, ESP has moved by esp_offset."""
         rng = self.rng
         for _ in range(4):
             form = self._form(reg_field, target, esp_offset)

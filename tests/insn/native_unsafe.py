@@ -22,7 +22,18 @@ import struct
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
-from tests.insn.state import FX_SIZE, GENERAL_PROTECTION, HLT, PAGE_SIZE, RF, Case, CpuState, Stop
+from tests.insn.state import (
+    FX_SIZE,
+    GENERAL_PROTECTION,
+    HLT,
+    PAGE_FAULT,
+    PAGE_SIZE,
+    RF,
+    VECTORS_WITH_ERROR,
+    Case,
+    CpuState,
+    Stop,
+)  # fmt: skip
 
 CODE_SELECTOR, DATA_SELECTOR = 0x23, 0x2B
 
@@ -254,7 +265,8 @@ class NativeRunner:
         elif vector == GENERAL_PROTECTION and self._byte_at(eip) == HLT:
             stop = Stop("hlt")
         else:
-            stop = Stop("fault", vector, error & 0xFFFF, cr2)
+            error = error & 0xFFFF if vector in VECTORS_WITH_ERROR else 0
+            stop = Stop("fault", vector, error, cr2 if vector == PAGE_FAULT else 0)
         return CpuState(
             stop,
             eip & 0xFFFFFFFF,

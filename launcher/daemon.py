@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from launcher.errors import ending
 from launcher.forkserver import redirect_standard, run_and_exit
 from launcher.process_unsafe import die_with_parent, outlive_parent
 
@@ -49,4 +50,4 @@ def _background(body: Callable[[OnReady], int], command: socket.socket, parent: 
         command.send(b"\1")
         command.close()
 
-    raise SystemExit(body(on_ready))
+    raise SystemExit(ending(lambda: body(on_ready)))

@@ -5,6 +5,8 @@ The exit statuses of `launcher` are all here; `launcher --help` prints this tabl
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,6 +51,15 @@ class MachineDied(LauncherError):
     """A process of the machine ended when it should not have."""
 
     exit_status: ClassVar[int] = EXIT_DIED
+
+
+def ending(body: Callable[[], int]) -> int:
+    """Run a command's body; a LauncherError becomes its line on standard error and its exit status."""
+    try:
+        return body()
+    except LauncherError as e:
+        print(f"launcher: {e}", file=sys.stderr)
+        return e.exit_status
 
 
 def one_line(text: str) -> str:

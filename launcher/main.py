@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import EXIT_MEANINGS, EXIT_OK, ConfigError, LauncherError
+from launcher.errors import EXIT_MEANINGS, EXIT_OK, ConfigError, ending
 from launcher.signals import die_quietly
 
 if TYPE_CHECKING:
@@ -48,23 +48,23 @@ def main(
     known of the host."""
     die_quietly()
     options = _parser().parse_args(argv)
-    try:
-        match options.command:
-            case "up":
-                return _up(options, entries, facts)
-            case "check":
-                return _check(options, facts)
-            case "ps":
-                return _ps(options)
-            case "down":
-                return _down(options)
-            case "console":
-                return _console(options)
-            case _:
-                return _version()
-    except LauncherError as e:
-        print(f"launcher: {e}", file=sys.stderr)
-        return e.exit_status
+    return ending(lambda: _command(options, entries, facts))
+
+
+def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], HostFacts] | None) -> int:
+    match options.command:
+        case "up":
+            return _up(options, entries, facts)
+        case "check":
+            return _check(options, facts)
+        case "ps":
+            return _ps(options)
+        case "down":
+            return _down(options)
+        case "console":
+            return _console(options)
+        case _:
+            return _version()
 
 
 def _parser() -> argparse.ArgumentParser:

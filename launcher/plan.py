@@ -12,10 +12,12 @@ from typing import Any
 
 from bus.addressmap import AddressMap, MapConflict
 from devices.base import Device
+from devices.host import console_path
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from launcher.boot_plan import BootPlan, prepare
 from launcher.config import DeviceTable, MachineConfig
 from launcher.forkserver import ChildSpec
+from memory_node.client import SOCKET_NAME
 from memory_node.regions import pc_regions
 
 CPU, MEMORY = "cpu0", "memory"
@@ -67,7 +69,8 @@ class MachinePlan:
 
     def longest_file_name(self) -> str:
         """The longest name of a socket in the run directory."""
-        return max((f"console-{d.table.name}.sock" for d in self.devices), key=len, default="memory.sock")
+        names = [console_path(".", d.table.name).name for d in self.devices]
+        return max([SOCKET_NAME, *names], key=len)
 
 
 def make_plan(config: MachineConfig) -> MachinePlan:

@@ -8,6 +8,7 @@ of life in launcher/forkserver.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 from bus.endpoint import Endpoint, Received
 from bus.frames import Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, Stats, StatsReply
+from devices.host import console_path
 from launcher import report
 from launcher.control import ControlServer
 from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
@@ -31,10 +33,12 @@ LAUNCHER, MEMORY, CPU = "launcher", "memory", "cpu0"
 SECOND_NS = 1_000_000_000
 START_S = 60.0  # for all processes to say "ready"; a busy host is slow, not broken
 LAST_WORDS_S = 0.2  # for events that a process sent before it ended
+CONSOLE_S = 2.0  # for the console of a machine that ended while it started
 POLITE_S = 6.0  # for a process to end after Shutdown; a device may take 5 s for a slow reader of its console
 ANSWER_NS = 5 * SECOND_NS
 STATS_NS = 300_000_000
 RESET_KINDS = ("reset", "triple-fault")
+LIFE_KINDS = ("ready", "poweroff", *RESET_KINDS)  # not for the journal
 
 
 class MachineEnd(Exception):
@@ -127,8 +131,12 @@ class Supervisor:
             lambda: "not ready: " + ", ".join(n for n, p in self._processes.items() if not p.ready),
         )
         if self._pump is not None and self._launch.console is not None:
-            self._pump.connect(self._launch.console)
             self._wait_for(lambda: self._console_open, START_S, "the console did not open")
+
+    def _open_console(self, node: str) -> None:
+        """Show the console of a device that has just become ready, if it is the one to be shown."""
+        if self._pump is not None and self._launch.console == console_path(self._launch.run_dir, node):
+            self._pump.connect(self._launch.console)
 
     def _fork(self, spec: ChildSpec) -> None:
         child = self._forkserver.fork(spec)
@@ -203,6 +211,7 @@ class Supervisor:
             case Event(kind="ready"):
                 if process is not None:
                     process.ready = True
+                self._open_console(received.peer)
             case Event(kind="poweroff"):
                 raise MachineEnd(EXIT_OK, f"powered off after {self._uptime_s():.1f} s")
             case Event(kind=kind) as event if kind in RESET_KINDS:
@@ -331,9 +340,27 @@ class Supervisor:
     # ---- end -----------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        """Politely: the CPU node first, so that all it has posted arrives; then the devices."""
+        """Politely: the CPU node first, so that all it has posted arrives; then the devices.
+
+        A guest may have ended before its console was open: then that comes first.
+        """
+        if self._pump is not None and self._launch.console is not None and not self._console_open:
+            self._await_console(self._pump)
         self._shut_down([CPU])
         self._shut_down([node for node in self._processes if node != CPU])
+
+    def _await_console(self, pump: Pump) -> None:
+        deadline_ns = time.monotonic_ns() + int(CONSOLE_S * SECOND_NS)
+        while not self._console_open and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+            readable, _ = self._endpoint.wait(left_ns, [pump.sock.fileno()])
+            for received in self._endpoint.receive():
+                with contextlib.suppress(MachineEnd):  # it is ending already
+                    self._take_frame(received)
+            if readable:
+                try:
+                    self._take_pump_record(pump)
+                except MachineEnd:
+                    return
 
     def _shut_down(self, nodes: list[str]) -> None:
         processes = [self._processes[n] for n in nodes if n in self._processes]
@@ -344,7 +371,7 @@ class Supervisor:
         while alive and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
             ended, _ = self._endpoint.wait(left_ns, [*alive, self._signals.descriptor])
             for received in self._endpoint.receive():
-                if isinstance(received.frame, Event):
+                if isinstance(received.frame, Event) and received.frame.kind not in LIFE_KINDS:
                     self._journal.event(received.peer, received.frame)
             if self._signals.descriptor in ended and self._signals.take() is not None:
                 return  # once more Ctrl-C: no politeness

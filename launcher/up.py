@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices.host import console_path
 from launcher.affinity import CoreLoad, check_host_cpu, dialogue_cores
 from launcher.checks import HostFacts, check_host, check_memory
 from launcher.config import MachineConfig, read_config
@@ -99,7 +100,7 @@ def _run(
             others=others,
             images=plan.boot.images,
             start=plan.boot.start,
-            console=run_dir.path / f"console-{plan.console}.sock" if plan.console else None,
+            console=console_path(run_dir.path, plan.console) if plan.console else None,
             stop_on_reset=(options.on_reset or config.machine.on_reset) == "stop",
         )
         journal = Journal(config.machine.name, options.log_level)

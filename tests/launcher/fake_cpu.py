@@ -17,7 +17,6 @@ from bus.frames import (
     Ping,
     Pong,
     PostedBatch,
-    PostedWrite,
     Read,
     ReadReply,
     Refused,
@@ -53,11 +52,11 @@ class FakeCpu:
         self.endpoint.send("launcher", Event(kind, text, data))
 
     def print(self, text: str) -> None:
-        writes = tuple(PostedWrite("regs", 0, 1, byte) for byte in text.encode())
+        writes = tuple(("regs", 0, 1, byte) for byte in text.encode())
         for at in range(0, len(writes), 64):
             self.endpoint.send(self.uart, PostedBatch(writes[at : at + 64]))
 
-    def keys(self) -> str:
+    def typed(self) -> str:
         """What has been typed, polled from the UART."""
         typed = ""
         while self._read(5) & 1:
@@ -131,7 +130,7 @@ def echo(config: dict[str, Any]) -> None:
     cpu = _ready(config)
     cpu.print("echo\r\n")
     for _ in cpu.serve(0.01):
-        for key in cpu.keys():
+        for key in cpu.typed():
             cpu.print(f"[{key}]")
             if key == "q":
                 cpu.event("poweroff", "q")

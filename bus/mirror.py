@@ -4,8 +4,8 @@ One 4 KiB page per device in the memory node's region "mirror". The device's hos
 Layout, little-endian:
   bytes 0-2047     1024 slots of 2 bytes, one per mirrored register byte, in the order of `slots()`:
                    0 = read it synchronously; 0x4000 | value; 0x8000 | record << 4 | byte of the formula
-  bytes 2048-4095  32 formula records of eight signed 64-bit words: generation (odd while being written), kind,
-                   six parameters
+  bytes 2048-4095  32 formula records of eight signed 64-bit words: generation (odd while being written),
+                   kind, six parameters
 Left out: a multi-byte register made of single bytes may be seen half updated; only a Counter is whole.
 """
 

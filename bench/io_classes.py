@@ -1,4 +1,4 @@
-"""Costs of the three classes of I/O: `python bench/io_classes.py` prints one line per figure.
+"""Costs of the three classes of I/O: `python -m bench.io_classes` prints one line per figure.
 
 The device is a scratch register in a real host process; "one core" pins both processes to the same one.
 """
@@ -8,22 +8,18 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from bus.addressmap import AddressMap  # noqa: E402
-from bus.endpoint import Endpoint  # noqa: E402
-from bus.frames import Ping  # noqa: E402
-from bus.io import IoClient  # noqa: E402
-from bus.mirror import Counter, MirrorWriter, page_of, slots  # noqa: E402
-from devices.host import run  # noqa: E402
-from devices.registry import load_class  # noqa: E402
+from bus.addressmap import AddressMap
+from bus.endpoint import Endpoint
+from bus.frames import Ping
+from bus.io import IoClient
+from bus.mirror import Counter, MirrorWriter, page_of, slots
+from devices.host import run
+from devices.registry import load_class
 
 SCRATCH = """
 from dataclasses import dataclass
@@ -36,7 +32,9 @@ class ScratchState(DeviceState):
 class Scratch(Device[ScratchState]):
     NAME = "scratch"
     # 0 synchronous, 1 posted, 2 mirrored, 4-7 a counter
-    PORTS = (PortRange("regs", 8, widths=(1, 2, 4), posted=frozenset({1}), mirrored=frozenset({2, 4, 5, 6, 7})),)
+    PORTS = (
+        PortRange("regs", 8, widths=(1, 2, 4), posted=frozenset({1}), mirrored=frozenset({2, 4, 5, 6, 7})),
+    )
     STATE = ScratchState
 
     def reset(self):
@@ -96,7 +94,8 @@ def measure(run_dir: str, type_name: str, cores: tuple[int, int]) -> None:
             other.request("dev", Ping(), 5_000_000_000)
             print(f"{where}: synchronous read    {per_call_us(lambda: io.port_read(BASE, 1), 1000):8.2f} us")
             stats = io.stats()
-            print(f"{where}:   its p50 and p99   {stats['latency_p50_ns'] / 1e3:8.2f} {stats['latency_p99_ns'] / 1e3:.2f} us")
+            p50, p99 = stats["latency_p50_ns"] / 1e3, stats["latency_p99_ns"] / 1e3
+            print(f"{where}:   its p50 and p99   {p50:8.2f} {p99:.2f} us")
             ping = per_call_us(lambda: other.request("dev", Ping(), 5_000_000_000), 500)
             print(f"{where}: Endpoint.request    {ping:8.2f} us")
             insb = per_call_us(lambda: io.port_in_string(BASE, 1, 512), 200)

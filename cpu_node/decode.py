@@ -148,6 +148,8 @@ def _decode(code: bytes, at: int, code16: bool) -> Insn:
     if not rows:
         raise Undefined
     modrm = code[i] if rows[0].has_modrm or opcode in (0x62, 0xC4, 0xC5) else -1
+    if mapno == 1 and 0x20 <= opcode <= 0x23:
+        modrm |= 0xC0  # MOV CR/DR: mod is ignored [MOV - Move to/from Control Registers]
     row = _match(mapno, opcode, rep or (0x66 if has66 else 0), modrm)
     if row is None:
         raise Undefined
@@ -172,7 +174,7 @@ def _decode(code: bytes, at: int, code16: bool) -> Insn:
 def _operand(code: bytes, i: int, insn: Insn) -> int:
     """Reads SIB, sets base, index and the displacement's size."""
     mod, rm = insn.mod, insn.rm
-    if mod == 3 or (insn.row.mod == "r" and insn.row.operands and insn.row.operands[0][0] in "CDR"):
+    if mod == 3:
         return i
     if insn.addr16:
         insn.base, insn.index = _BASE16[rm]
@@ -195,7 +197,7 @@ def _operand(code: bytes, i: int, insn: Insn) -> int:
 def _immediates(code: bytes, i: int, at: int, insn: Insn) -> int:
     for operand in insn.row.operands:
         kind = operand[0]
-        if kind not in "IJOA" or operand == "AL":
+        if kind not in "IJOA" or operand in ("AL", "AX"):
             continue
         if kind == "A":  # far pointer: offset, selector
             size = insn.opsize

@@ -41,7 +41,12 @@ def write_frame(
     length = len(values) * size
     start = (sp - length) & segment.span
     if size == 4 and room(segment, sp, length):
-        memory.write32s(segment.base + start & 0xFFFFFFFF, values, user)
+        try:
+            memory.write32s(segment.base + start & 0xFFFFFFFF, values, user)
+        except GuestFault:  # pushes go downwards: CR2 is of the first that faults
+            for i in range(len(values)):
+                check_push(memory, segment, sp - size * i, size, user, error)
+            raise
         return start
     for i in range(len(values)):
         check_push(memory, segment, sp - size * i, size, user, error)

@@ -1,0 +1,83 @@
+"""The code cache: lines by page, translations in host memory, and the way back from a host address.
+
+When it is full, all of it is dropped: nothing is evicted piecemeal.
+Left out: keeping translations on disk.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from cpu_node import host_unsafe as host
+from cpu_node import layout as at
+from cpu_node.emit import Templates
+from cpu_node.line import Chunk, Line
+from cpu_node.translate import Translation, translate
+
+SINGLE = at.CODE_FIRST  # 4 KiB for one instruction at a time (single.py)
+FIRST = at.CODE_FIRST + 0x1000
+_RESERVE = 1 << 20  # more than any chunk takes
+
+
+class CodeCache:
+    """Lines and their host code. Counters are cumulative."""
+
+    def __init__(self) -> None:
+        self.code = host.view8(at.CODE, at.CODE_SIZE)
+        self.lines: dict[tuple[int, int, int], Line] = {}  # (linear page or address, physical page, mode)
+        self.templates: dict[int, Templates] = {}
+        self.position = FIRST
+        self.instructions = 0
+        self.translations = 0
+        self.flushes = 0
+        self._starts: list[int] = []
+        self._chunks: list[Chunk] = []
+
+    @property
+    def full(self) -> bool:
+        return self.position > at.CODE_SIZE - _RESERVE
+
+    def translate(self, line: Line, offset: int) -> Translation:
+        """Translate from an offset that has no host code yet."""
+        templates = self.templates.get(line.mode)
+        if templates is None:
+            templates = self.templates[line.mode] = Templates(line.mode)
+        position = self.position
+        made = translate(line, offset, templates, position)
+        end = position + len(made.code)
+        self.code[position:end] = made.code
+        for behind, target in made.patches:
+            self.patch(behind, target)
+        self.position = end
+        if made.chunk.hosts:
+            self._starts.append(position)
+            self._chunks.append(made.chunk)
+        self.instructions += len(made.chunk.hosts)
+        self.translations += 1
+        return made
+
+    def patch(self, behind: int, target: int) -> None:
+        """Point the rel32 that ends at `behind` to `target`."""
+        self.code[behind - 4 : behind] = (target - behind).to_bytes(4, "little", signed=True)
+
+    def find(self, host_offset: int) -> Chunk:
+        """The chunk that holds a host offset."""
+        return self._chunks[bisect_right(self._starts, host_offset) - 1]
+
+    def forget(self, lines: Iterable[Line]) -> None:
+        """The lines' source is no longer what was translated; their host code becomes garbage."""
+        for line in lines:
+            self.lines.pop((line.va if line.starts == 1 else line.va >> 12, line.pa_pages[0], line.mode), None)
+            for table in list(line.tables):
+                table.drop_line(line)
+            line.tables.clear()
+            line.waiting.clear()
+
+    def flush(self) -> None:
+        """Drop everything; the caller clears the dispatch tables."""
+        self.lines.clear()
+        self._starts.clear()
+        self._chunks.clear()
+        self.position = FIRST
+        self.flushes += 1

@@ -1,0 +1,275 @@
+"""Address spaces and dispatch tables: which window and which table a mode uses, and what code lies where.
+
+A space per page directory, kept when left. Kernel code has one dispatch table per mode for all spaces (their
+kernel halves agree; a Watch sees where they don't); user code has one per space and mode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+from cpu_node import mode as modes
+from cpu_node.cache import CodeCache
+from cpu_node.dispatch import Table
+from cpu_node.errors import UD, GuestFault
+from cpu_node.line import PAGE, Line, page_line, single_line
+from cpu_node.paging import FRAME, US, P, PhysicalMemory, Walker
+from cpu_node.watch import Watch
+from cpu_node.window import CodePages, Space
+
+MAX_SPACES = 48
+MAX_MAPPINGS = 40_000  # the host allows 65,530
+MIXED_AFTER = 4  # writes to a page's code before its translations verify themselves
+
+
+class Contexts:
+    """All spaces, tables and lines of one CPU."""
+
+    def __init__(self, ram_fd: int, memory: PhysicalMemory, walker: Walker) -> None:
+        self.ram_fd = ram_fd
+        self.memory = memory
+        self.walker = walker
+        self.cache = CodeCache()
+        self.code = CodePages()
+        self.spaces: OrderedDict[int | None, Space] = OrderedDict()
+        self.kernel_tables: dict[int, Table] = {}
+        self.user_tables: dict[tuple[int | None, int], Table] = {}
+        self.kernel_watch = Watch(memory)
+        self.writes: Counter[int] = Counter()  # physical page -> writes to it while it held code
+        self.fills = 0
+        self._kernel_cr3: int | None = None
+        self.mode = 0
+        self.space = self._space()
+        self.table = self._table(0)
+
+    # ---- entering
+
+    def _space(self) -> Space:
+        key = self.walker.cr3 if self.walker.paging else None
+        space = self.spaces.get(key)
+        if space is None:
+            self._make_room()
+            space = self.spaces[key] = Space(key, self.ram_fd, self.memory, self.code)
+        self.spaces.move_to_end(key)
+        return space
+
+    def _make_room(self) -> None:
+        """Close the spaces used longest ago."""
+        while self.spaces and (len(self.spaces) >= MAX_SPACES
+                               or sum(s.mappings() for s in self.spaces.values()) > MAX_MAPPINGS):
+            key, old = self.spaces.popitem(last=False)
+            for table_key in [k for k in self.user_tables if k[0] == key]:
+                self.user_tables.pop(table_key).close()
+            old.close()
+
+    def _table(self, mode: int) -> Table:
+        if mode & modes.USER:
+            key = (self.space.cr3, mode)
+            table = self.user_tables.get(key)
+            if table is None:
+                table = self.user_tables[key] = Table()
+            return table
+        table = self.kernel_tables.get(mode)
+        if table is None:
+            table = self.kernel_tables[mode] = Table()
+        return table
+
+    def enter(self, mode: int, user: bool) -> tuple[int, int]:
+        """(window, dispatch table), host addresses, for a mode in the current space."""
+        self.mode = mode
+        window = self.space.user if user else self.space.kernel
+        if mode & modes.INTERPRETED:
+            return window.ha, self.table.ha
+        self.table = self._table(mode)
+        return window.ha, self.table.ha
+
+    def flush(self) -> None:
+        """A TLB flush: CR3, or paging in CR0 or CR4, was written; enter the space it selects."""
+        self.space = self._space()
+        self._resync(self.space)
+        cr3 = self.space.cr3
+        if cr3 is None or self._kernel_cr3 is None:
+            if cr3 != self._kernel_cr3:
+                for table in self.kernel_tables.values():
+                    table.clear()
+                self.kernel_watch.clear()
+        else:
+            pages, bigs = self.kernel_watch.changes(cr3)
+            for table in self.kernel_tables.values():
+                _drop_changed(table, pages, bigs, False)
+        self._kernel_cr3 = cr3
+
+    def _resync(self, space: Space) -> None:
+        pages, bigs = space.resync()
+        if pages or bigs:
+            for (key, _), table in self.user_tables.items():
+                if key == space.cr3:
+                    _drop_changed(table, pages, bigs, True)
+
+    def configuration_changed(self) -> None:
+        """CR0.WP or CR4.PSE changed: no window may keep what it derived."""
+        for space in self.spaces.values():
+            for window in space.windows:
+                window.clear()
+
+    def invlpg(self, va: int) -> None:
+        """Forget one page everywhere it may be cached."""
+        self.space.invlpg(va)
+        for table in self.kernel_tables.values():
+            table.drop_page(va >> 12)
+        for (key, _), table in self.user_tables.items():
+            if key == self.space.cr3:
+                table.drop_page(va >> 12)
+
+    # ---- code
+
+    def find(self, va: int) -> int:
+        """Offset in the code cache of the host code for `va` in the current context. Raises GuestFault."""
+        table = self.table
+        line = table.lines.get(va >> 12)
+        if line is None:
+            line = self._line(va)
+        offset = va & 0xFFF
+        place = line.host.get(offset)
+        if place is None:
+            if self.cache.full:
+                self.flush_cache()
+                return self.find(va)
+            place = self._translate(line, offset)
+            if place is None:
+                return self._crossing(va)
+        table.set(va, place)
+        return place
+
+    def _translate(self, line: Line, offset: int) -> int | None:
+        made = self.cache.translate(line, offset)
+        table, host = self.table, line.host
+        for behind in made.returns:
+            place = host.get(behind)
+            if place is not None:
+                table.set(line.va + behind, place)
+        return host.get(offset)
+
+    def _fetch(self, va: int) -> int:
+        """Physical page of code at `va`; what depends on its page tables is noted."""
+        user = bool(self.mode & modes.USER)
+        pa, _, entry_pa, _ = self.walker.walk(va, False, user)
+        if pa >= self.memory.size:
+            raise GuestFault(UD)
+        if entry_pa >= 0:
+            watch = self.space.watch if user else self.kernel_watch
+            watch.add(va, entry_pa, self.walker.cr3)
+        return pa >> 12
+
+    def _line(self, va: int) -> Line:
+        pa_page = self._fetch(va)
+        key = (va >> 12, pa_page, self.mode)
+        line = self.cache.lines.get(key)
+        if line is None:
+            mixed = pa_page in self.code.mixed
+            code = self.memory.ram[pa_page << 12 : (pa_page << 12) + PAGE]
+            line = self.cache.lines[key] = page_line(va >> 12, pa_page, self.mode, code, mixed)
+            self._register(line)
+        self.table.add(line)
+        return line
+
+    def _crossing(self, va: int) -> int:
+        """Host code for an instruction that crosses into the next page."""
+        table = self.table
+        line = table.crossing.get(va)
+        if line is None:
+            following = (va | 0xFFF) + 1 & 0xFFFFFFFF
+            pages = (self._fetch(va), self._fetch(following))
+            key = (va, pages[0], self.mode)
+            line = self.cache.lines.get(key)
+            if line is None or line.pa_pages != pages:
+                ram = self.memory.ram
+                start = pages[0] << 12 | va & 0xFFF
+                code = ram[start : (pages[0] + 1) << 12] + ram[pages[1] << 12 : (pages[1] << 12) + 15]
+                mixed = pages[0] in self.code.mixed or pages[1] in self.code.mixed
+                line = self.cache.lines[key] = single_line(va, pages, self.mode, code, mixed)
+                self._register(line)
+            table.add(line)
+        place = line.host.get(0)
+        if place is None:
+            place = self._translate(line, 0)
+            assert place is not None
+        table.set(va, place)
+        return place
+
+    def _register(self, line: Line) -> None:
+        for pa_page in line.pa_pages:
+            lines = self.code.lines.get(pa_page)
+            if lines is None:
+                self.code.lines[pa_page] = {line}
+                if pa_page not in self.code.mixed:
+                    self.code.protect(pa_page)
+            else:
+                lines.add(line)
+
+    def code_written(self, pa_page: int) -> None:
+        """Bytes of a page that holds code change: its translations are void."""
+        lines = self.code.lines.pop(pa_page, None)
+        if lines is None:
+            return
+        for line in lines:
+            assert isinstance(line, Line)
+            for other in line.pa_pages:
+                if other != pa_page and other in self.code.lines:
+                    self.code.lines[other].discard(line)
+        self.cache.forget(lines)  # type: ignore[arg-type]
+        self.writes[pa_page] += 1
+        if self.writes[pa_page] >= MIXED_AFTER:
+            self.code.mixed.add(pa_page)
+
+    def stale(self, va: int) -> None:
+        """A self-verifying translation found other bytes at `va`."""
+        pa_page = self._fetch(va)
+        self.code_written(pa_page)
+        if (va & 0xFFF) > 0xFF0:
+            self.code_written(self._fetch((va | 0xFFF) + 1 & 0xFFFFFFFF))
+
+    def flush_cache(self) -> None:
+        """Drop every translation."""
+        self.cache.flush()
+        for table in (*self.kernel_tables.values(), *self.user_tables.values()):
+            table.clear()
+        self.code.lines.clear()
+        self.code.mixed.clear()
+        self.writes.clear()
+
+    # ---- data
+
+    def fill(self, va: int, write: bool, user: bool, line: Line | None, eip: int) -> bool:
+        """Map what a data access at `va` needs.
+
+        True: it can't be mapped, or is a write to the page the instruction itself is on: simulate it.
+        """
+        space, walker = self.space, self.walker
+        self.fills += 1
+        own = False
+        if write:
+            pa, _, _, _ = walker.walk(va, True, user)
+            pa_page = pa >> 12
+            if pa_page in self.code.lines and pa_page not in self.code.mixed:
+                own = line is None or pa_page in line.pa_pages
+                self.code_written(pa_page)
+        return not space.fill(walker, va, write, user) or own
+
+
+def _drop_changed(table: Table, pages: list[tuple[int, int]], bigs: list[int], user: bool) -> None:
+    """Forget the code of pages whose entries no longer lead to it."""
+    for va_page, entry in pages:
+        line = table.lines.get(va_page)
+        if line is not None and entry & P and entry >> 12 == line.pa_pages[0] and (entry & US or not user):
+            if va_page not in table.crossing_into:
+                continue
+        if line is not None or va_page in table.crossing_into or va_page in table.filled:
+            table.drop_page(va_page)
+    if bigs:
+        gone = set(bigs)
+        for va_page in [p for p in {*table.lines, *table.crossing_into, *table.filled} if p >> 10 in gone]:
+            table.drop_page(va_page)
+
+
+__all__ = ["FRAME", "Contexts"]

@@ -1,0 +1,351 @@
+"""The CPU's main loop: find the translation of EIP, enter it, see why it came back.
+
+Each exit (layout.EXIT_*) has one method. Guest faults are GuestFault exceptions from the simulator, the
+page walk or a host fault, and end in gates.deliver. Interrupts are looked at when a signal said so, and
+where the guest sets IF.
+Left out: direct execution of user code (its place is in `run`, beside `interpreted`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from mmap import mmap
+from typing import TYPE_CHECKING
+
+from cpu_node import gates
+from cpu_node import layout as at
+from cpu_node import mode as modes
+from cpu_node.contexts import Contexts
+from cpu_node.cpu import CR0_EM, CR0_TS, CR4_OSFXSR, CR4_TSD, DR6_BS, Cpu
+from cpu_node.decode import decode
+from cpu_node.descriptor import CS, DS, ES, FS, GS, SS
+from cpu_node.errors import AC, DB, DE, GP, MF, NMI, UD, XM, GuestFault
+from cpu_node.flags import RF, TF, VM
+from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
+from cpu_node.record_unsafe import Record
+from cpu_node.rollback import roll_back
+from cpu_node.simulate import Simulator
+from cpu_node.single import Single
+
+if TYPE_CHECKING:
+    from cpu_node.cpuid import CpuModel
+    from cpu_node.lapic import LocalApic
+    from cpu_node.platform import Platform
+
+_HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 17: AC, 19: XM}
+_PAGE_FAULT = 14
+_CS_LIKE_INT = frozenset(("int", "int3", "into", "int1"))
+
+
+class HostFault(AssertionError):
+    """A host fault in generated code that no guest instruction explains."""
+
+
+class Engine:
+    """One CPU over a memory file. stubs_unsafe.install() must have run in this thread."""
+
+    def __init__(self, ram_fd: int, ram: mmap, platform: Platform, model: CpuModel,
+                 apic: LocalApic | None) -> None:
+        self.platform = platform
+        self.apic = apic
+        self.record = Record()
+        self.physical = PhysicalMemory(ram)
+        self.walker = Walker(self.physical)
+        self.contexts = Contexts(ram_fd, self.physical, self.walker)
+        self.memory = GuestMemory(self.walker, self.contexts.code.lines, self._code_written,
+                                  self._mmio_read, self._mmio_write)
+        self.cpu = Cpu(self.record, self.memory, self, model)
+        self.single = Single(self.record, self.contexts.cache.code, self.cpu)
+        self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
+        self.stopping = False
+        self.mode = modes.STEP
+        self.exits: Counter[int] = Counter()
+        self._mode_dirty = True
+        self._alarm: int | None = None
+        self.record.d[at.KICK // 4] = 0
+        for index in range(6):
+            self.segments_changed(index)
+
+    # ---- cpu.Hooks
+
+    def flush_tlb(self, global_too: bool) -> None:
+        """Global pages are compared too: that is cheap, and an early flush is never wrong."""
+        self.memory.forget()
+        self.walker.configure(self.cpu.cr0, self.cpu.cr3, self.cpu.cr4)
+        self.contexts.flush()
+        self._mode_dirty = True
+
+    def invlpg(self, va: int) -> None:
+        self.memory.forget()
+        self.contexts.invlpg(va)
+
+    def mode_changed(self) -> None:
+        self._mode_dirty = True
+
+    def segments_changed(self, index: int) -> None:
+        segment = self.cpu.seg[index]
+        record = self.record
+        record.b[at.SELECTORS + 2 * index : at.SELECTORS + 2 * index + 2] = segment.selector.to_bytes(2, "little")
+        if index in (FS, GS):
+            base, pointer = (at.FS_BASE, at.FS_POINTER) if index == FS else (at.GS_BASE, at.GS_POINTER)
+            plain = (segment.usable and segment.writable and segment.lowest == 0
+                     and segment.highest == 0xFFFFFFFF and self.cpu.cr0 & 1)
+            record.d[base // 4] = segment.base
+            record.q[pointer // 8] = at.RECORD + base if plain else 0
+
+    def rdtsc(self) -> int:
+        return self.platform.rdtsc()
+
+    def unknown_msr(self, index: int, is_write: bool, value: int) -> None:
+        what = f"WRMSR {index:#x} = {value:#x}" if is_write else f"RDMSR {index:#x}"
+        self.report("unknown-msr", f"{what}: no such MSR, #GP", at_next=True)
+
+    # ---- memory beyond RAM
+
+    def _mmio_read(self, pa: int, width: int) -> int:
+        apic = self.apic
+        if apic is not None and apic.enabled and pa & ~0xFFF == apic.mmio_base:
+            return apic.read(pa & 0xFFF)
+        return self.platform.mmio_read(pa, width)
+
+    def _mmio_write(self, pa: int, width: int, value: int) -> None:
+        apic = self.apic
+        if apic is not None and apic.enabled and pa & ~0xFFF == apic.mmio_base:
+            broadcast = apic.write(pa & 0xFFF, value)
+            self.record.d[at.KICK // 4] = 1
+            if broadcast is not None:
+                self.platform.eoi(broadcast)
+            return
+        self.platform.mmio_write(pa, width, value)
+
+    def _code_written(self, pa_page: int) -> None:
+        self.contexts.code_written(pa_page)
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Until `stopping`. Raises TripleFault."""
+        record, cpu = self.record, self.cpu
+        d, q, enter, exits = record.d, record.q, record.enter, self.exits
+        contexts = self.contexts
+        kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
+        system_flags = at.SYSTEM_FLAGS // 4
+        handlers = self._handlers()
+        d[kick] = 1
+        while not self.stopping:
+            try:
+                if d[kick] or cpu.halted:
+                    self._events()
+                    if cpu.halted or self.stopping:
+                        continue
+                if self._mode_dirty:
+                    self._set_mode()
+                if self.mode & modes.INTERPRETED or d[system_flags] & TF or cpu.inhibit_interrupts:
+                    self.interpreted()
+                    continue
+                q[entry] = at.CODE + contexts.find(cpu.eip)
+                if d[kick]:
+                    continue
+                enter()
+                reason = d[reason_at]
+                exits[reason] += 1
+                if reason <= at.EXIT_INDIRECT:  # chain, indirect
+                    cpu.eip = d[eip_at]
+                elif reason == at.EXIT_SIMULATE:
+                    cpu.eip = d[eip_at]
+                    self.simulator.step()
+                    if cpu.pending_debug:
+                        self._debug_trap()
+                else:
+                    handlers[reason]()
+            except GuestFault as fault:
+                self.fault(fault)
+
+    def _handlers(self) -> dict[int, Callable[[], None]]:
+        return {at.EXIT_STALE: self._stale, at.EXIT_FAULT: self._host_fault, at.EXIT_SIGNAL: self._signal,
+                at.EXIT_UNENTERED: lambda: None}
+
+    def fault(self, fault: GuestFault) -> None:
+        """Deliver an exception of the instruction at cpu.eip."""
+        if fault.vector == UD:
+            self.report("bad-opcode", "#UD")
+        gates.deliver_fault(self.cpu, fault)
+
+    def interpreted(self) -> None:
+        """One instruction in the simulator, with the debug facilities."""
+        cpu = self.cpu
+        flags = cpu.eflags
+        shadow, cpu.inhibit_interrupts = cpu.inhibit_interrupts, False
+        if cpu.dr[7] & 0xFF and not flags & RF:
+            self._instruction_breakpoints()
+        row = self.simulator.step()
+        if flags & RF and cpu.eflags & RF and row.mnemonic != "iret":
+            cpu.eflags &= ~RF
+        if flags & TF and row.mnemonic not in _CS_LIKE_INT and not cpu.inhibit_interrupts:
+            cpu.pending_debug |= DR6_BS
+        if cpu.pending_debug:
+            self._debug_trap()
+        if shadow:
+            self.record.d[at.KICK // 4] = 1
+
+    def _instruction_breakpoints(self) -> None:
+        """#DB faults of DR0..DR3 set for execution [vol. 3 17.2.4, 17.3.1.1]."""
+        cpu = self.cpu
+        va = cpu.seg[CS].base + cpu.eip & 0xFFFFFFFF
+        hit = 0
+        for n in range(4):
+            if cpu.dr[7] >> 2 * n & 3 and not cpu.dr[7] >> 16 + 4 * n & 3 and cpu.dr[n] == va:
+                hit |= 1 << n
+        if hit:
+            cpu.dr[6] |= hit
+            raise GuestFault(DB)
+
+    def _debug_trap(self) -> None:
+        cpu = self.cpu
+        cpu.dr[6] |= cpu.pending_debug
+        cpu.pending_debug = 0
+        gates.deliver(cpu, DB)
+
+    # ---- exits
+
+    def _stale(self) -> None:
+        self.cpu.eip = self.record.d[at.EIP // 4]
+        self.contexts.stale(self.cpu.eip)
+
+    def _signal(self) -> None:
+        _, self.cpu.eip = roll_back(self.record, self.contexts.cache, self.record.q[at.FAULT_RIP // 8])
+
+    def _host_fault(self) -> None:
+        record, cpu, contexts = self.record, self.cpu, self.contexts
+        q = record.q
+        rip, trap, ha = q[at.FAULT_RIP // 8], q[at.FAULT_TRAP // 8], q[at.FAULT_ADDRESS // 8]
+        line, cpu.eip = roll_back(record, contexts.cache, rip)
+        if trap != _PAGE_FAULT:
+            vector = _HOST_TRAPS.get(trap)
+            if vector is None:
+                raise HostFault(f"host trap {trap} at {rip:#x}, guest eip {cpu.eip:#x}")
+            raise GuestFault(vector, 0 if vector in (GP, AC) else None)
+        va = ha - q[at.WINDOW // 8]
+        if not 0 <= va < 1 << 32:
+            self.simulator.step()  # FS or GS not plain, or an operand that wraps
+            if cpu.pending_debug:
+                self._debug_trap()
+            return
+        write = bool(q[at.FAULT_ERROR // 8] & 2)
+        user = cpu.cpl == 3
+        own = contexts.fill(va, write, user, line, cpu.eip)
+        if own:
+            self.simulator.step()
+
+    # ---- mode and context
+
+    def _set_mode(self) -> None:
+        """Recompute the code mode and enter its window and dispatch table."""
+        self._mode_dirty = False
+        cpu = self.cpu
+        seg = cpu.seg
+        mode = 0
+        user = cpu.cpl == 3
+        if user:
+            mode |= modes.USER
+        elif cpu.cpl:
+            mode |= modes.STEP
+        if cpu.cr0 & (CR0_EM | CR0_TS):
+            mode |= modes.NO_FPU
+        if not cpu.cr4 & CR4_OSFXSR:
+            mode |= modes.NO_SSE
+        if cpu.tsc_adjust or (cpu.cr4 & CR4_TSD and cpu.cpl):
+            mode |= modes.TSC_SIMULATED
+        code, stack, data, extra = seg[CS], seg[SS], seg[DS], seg[ES]
+        if not code.big:
+            mode |= modes.CODE16
+        if not stack.big:
+            mode |= modes.STACK16
+        if not (code.flat and stack.flat and data.flat and extra.flat
+                and stack.writable and data.writable and extra.writable):
+            mode |= modes.NOT_FLAT
+        if not cpu.cr0 & 1 or cpu.eflags & VM or cpu.dr[7] & 0xFF:
+            mode |= modes.STEP
+        self.mode = mode
+        window, table = self.contexts.enter(mode, user)
+        self.record.q[at.WINDOW // 8] = window
+        self.record.q[at.TABLE // 8] = table
+
+    # ---- interrupts
+
+    def _events(self) -> None:
+        """Take in what arrived; deliver an interrupt if one is due; wait while halted."""
+        record, cpu, platform, apic = self.record, self.cpu, self.platform, self.apic
+        d = record.d
+        d[at.KICK // 4] = 0
+        platform.poll()
+        if apic is not None:
+            apic.set_lint(0, platform.intr)
+            apic.tick(platform.now_ns())
+            if apic.take_nmi():
+                cpu.halted = False
+                gates.deliver(cpu, NMI, external=True)
+            deadline = apic.next_deadline_ns()
+            if deadline != self._alarm:
+                self._alarm = deadline
+                platform.set_alarm(deadline)
+        waiting = self._waiting()
+        if waiting and d[at.INTERRUPT_FLAG // 4] and not cpu.inhibit_interrupts:
+            vector = self._acknowledge()
+            if vector is not None:
+                cpu.halted = False
+                gates.deliver(cpu, vector, external=True)
+            waiting = self._waiting()
+        d[at.PENDING // 4] = waiting
+        if waiting and d[at.INTERRUPT_FLAG // 4]:
+            d[at.KICK // 4] = 1
+        elif cpu.halted and not d[at.KICK // 4]:
+            platform.idle(self._alarm)
+            d[at.KICK // 4] = 1
+            self._alarm = None
+
+    def _waiting(self) -> bool:
+        apic = self.apic
+        if apic is None:
+            return self.platform.intr
+        return apic.pending_vector() is not None or apic.intr_pending()
+
+    def _acknowledge(self) -> int | None:
+        """The vector to deliver; None when the 8259 has nothing any more."""
+        apic = self.apic
+        if apic is not None:
+            if apic.pending_vector() is not None:
+                return apic.acknowledge()
+            apic.acknowledge_intr()
+        return self.platform.int_ack()
+
+    # ---- reports
+
+    def where(self, at_next: bool = False) -> str:
+        """'cs:eip: bytes  disassembly' of the current instruction."""
+        return describe_instruction(self, at_next)
+
+    def report(self, kind: str, text: str, at_next: bool = False) -> None:
+        """One line to the launcher, with where it happened."""
+        self.platform.report(kind, f"{text} at {self.where(at_next)}", self.cpu.dump())
+
+
+def describe_instruction(engine: Engine, at_next: bool) -> str:
+    """CS:EIP, bytes and disassembly; at_next: EIP is behind the instruction (the simulator is in it)."""
+    import capstone
+
+    cpu = engine.cpu
+    eip = cpu.eip
+    code = cpu.seg[CS]
+    if at_next and engine.simulator.text:
+        insn = decode(engine.simulator.text, 0, not code.big)
+        eip = eip - insn.length & 0xFFFFFFFF
+    try:
+        text = engine.memory.read(code.base + eip & 0xFFFFFFFF, 15)
+    except GuestFault:
+        return f"{code.selector:04x}:{eip:08x}: not readable"
+    bits = capstone.CS_MODE_32 if code.big else capstone.CS_MODE_16
+    for _, size, name, operands in capstone.Cs(capstone.CS_ARCH_X86, bits).disasm_lite(text, eip, 1):
+        return f"{code.selector:04x}:{eip:08x}: {text[:size].hex(' ')}  {name} {operands}".rstrip()
+    return f"{code.selector:04x}:{eip:08x}: {text[:8].hex(' ')}  (no instruction)"

@@ -1,0 +1,160 @@
+"""Simulated string instructions, one element at a time, and MASKMOV.
+
+Source: Intel SDM vol. 2, MOVS, CMPS, SCAS, LODS, STOS, INS, OUTS, REP, MASKMOVQ, MASKMOVDQU.
+Registers move with each element, so a fault in the middle leaves a state that restarts. Long repeats are
+left with EIP at the instruction every BURST elements, so that interrupts get in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cpu_node import tasks
+from cpu_node.cpu import EAX, ECX, EDI, EDX, ESI
+from cpu_node.decode import ES, Insn
+from cpu_node.flags import DF
+from cpu_node.layout import FX
+
+if TYPE_CHECKING:
+    from cpu_node.simulate import Handler, Simulator
+
+BURST = 1024
+_ZF = 0x40
+
+
+def string(sim: Simulator, insn: Insn) -> None:
+    """MOVS, CMPS, STOS, LODS, SCAS."""
+    opcode = insn.row.opcode
+    size = insn.opsize if opcode & 1 else 1
+    kind = opcode & 0xFE
+    compares = kind in (0xA6, 0xAE)
+
+    def element() -> bool:
+        memory, user = sim.memory, sim.user
+        value = 0
+        if kind in (0xA4, 0xA6, 0xAC):
+            source = 3 if insn.segment is None else insn.segment
+            va = sim.single.linear(source, _index(sim, insn, ESI), size, False)
+            value = int.from_bytes(memory.read(va, size, user), "little")
+        else:
+            value = sim.read_reg(EAX, size)
+        if kind in (0xA4, 0xAA):
+            va = sim.single.linear(ES, _index(sim, insn, EDI), size, True)
+            memory.write(va, value.to_bytes(size, "little"), user)
+        elif kind == 0xAC:
+            sim.write_reg(EAX, size, value)
+        else:
+            va = sim.single.linear(ES, _index(sim, insn, EDI), size, False)
+            other = int.from_bytes(memory.read(va, size, user), "little")
+            _compare(sim, value, other, size)
+        if kind in (0xA4, 0xA6, 0xAC):
+            _advance(sim, insn, ESI, size)
+        if kind != 0xAC:
+            _advance(sim, insn, EDI, size)
+        return not compares or bool(sim.cpu.eflags & _ZF) == (insn.rep == 0xF3)
+
+    _repeat(sim, insn, element)
+
+
+def port_in(sim: Simulator, insn: Insn) -> None:
+    """INS."""
+    size = insn.opsize if insn.row.opcode & 1 else 1
+    port = sim.cpu.regs[EDX] & 0xFFFF
+    tasks.check_io(sim.cpu, port, size)
+
+    def element() -> bool:
+        va = sim.single.linear(ES, _index(sim, insn, EDI), size, True)
+        sim.memory.probe_write(va, size, sim.user)
+        value = sim.platform.port_read(port, size)
+        sim.memory.write(va, value.to_bytes(size, "little"), sim.user)
+        _advance(sim, insn, EDI, size)
+        return True
+
+    _repeat(sim, insn, element)
+
+
+def port_out(sim: Simulator, insn: Insn) -> None:
+    """OUTS."""
+    size = insn.opsize if insn.row.opcode & 1 else 1
+    port = sim.cpu.regs[EDX] & 0xFFFF
+    tasks.check_io(sim.cpu, port, size)
+
+    def element() -> bool:
+        source = 3 if insn.segment is None else insn.segment
+        va = sim.single.linear(source, _index(sim, insn, ESI), size, False)
+        sim.platform.port_write(port, size, int.from_bytes(sim.memory.read(va, size, sim.user), "little"))
+        _advance(sim, insn, ESI, size)
+        return True
+
+    _repeat(sim, insn, element)
+
+
+def mask_move(sim: Simulator, insn: Insn) -> None:
+    """MASKMOVQ, MASKMOVDQU: bytes whose mask byte has bit 7 set, to DS:EDI."""
+    fx, mmx = sim.single.record.b, insn.row.prefix != 0x66
+    size = 8 if mmx else 16
+    source, mask = (_mmx(fx, n) if mmx else _xmm(fx, n) for n in (insn.reg, insn.rm))
+    segment = 3 if insn.segment is None else insn.segment
+    base = _index(sim, insn, EDI)
+    chosen = [n for n in range(size) if mask[n] & 0x80]
+    places = [sim.single.linear(segment, base + n & 0xFFFFFFFF, 1, True) for n in chosen]
+    for va in places:
+        sim.memory.probe_write(va, 1, sim.user)
+    for va, n in zip(places, chosen, strict=True):
+        sim.memory.write8(va, source[n], sim.user)
+
+
+def _xmm(record: memoryview, number: int) -> bytes:
+    return bytes(record[FX + 160 + 16 * number : FX + 176 + 16 * number])
+
+
+def _mmx(record: memoryview, number: int) -> bytes:
+    """MMn aliases the mantissa of physical register n; the image holds ST(i) [vol. 1 table 10-2]."""
+    top = record[FX + 3] >> 3 & 7
+    slot = number - top & 7
+    return bytes(record[FX + 32 + 16 * slot : FX + 40 + 16 * slot])
+
+
+def _index(sim: Simulator, insn: Insn, register: int) -> int:
+    return sim.cpu.regs[register] & (0xFFFF if insn.addr16 else 0xFFFFFFFF)
+
+
+def _advance(sim: Simulator, insn: Insn, register: int, size: int) -> None:
+    regs = sim.cpu.regs
+    mask = 0xFFFF if insn.addr16 else 0xFFFFFFFF
+    step = -size if sim.cpu.eflags & DF else size
+    regs[register] = regs[register] & ~mask & 0xFFFFFFFF | regs[register] + step & mask
+
+
+def _repeat(sim: Simulator, insn: Insn, element: Callable[[], bool]) -> None:
+    if not insn.rep:
+        element()
+        return
+    cpu = sim.cpu
+    mask = 0xFFFF if insn.addr16 else 0xFFFFFFFF
+    for _ in range(BURST):
+        old = cpu.regs[ECX]
+        if not old & mask:
+            return
+        go_on = element()
+        cpu.regs[ECX] = old & ~mask & 0xFFFFFFFF | old - 1 & mask
+        if not go_on:
+            return
+    if cpu.regs[ECX] & mask:
+        cpu.eip = cpu.eip - insn.length & 0xFFFFFFFF
+
+
+def _compare(sim: Simulator, left: int, right: int, size: int) -> None:
+    """Status flags of left - right."""
+    bits = 8 * size
+    top = 1 << bits - 1
+    result = left - right & (1 << bits) - 1
+    flags = sim.cpu.eflags & ~0x8D5
+    flags |= int(left < right) | ((left ^ right ^ result) & 0x10) | (0x80 if result & top else 0)
+    flags |= (0x40 if result == 0 else 0) | (0x800 if (left ^ right) & (left ^ result) & top else 0)
+    flags |= 0 if (result & 0xFF).bit_count() & 1 else 4
+    sim.cpu.eflags = flags
+
+
+HANDLERS: dict[str, Handler] = {"string": string, "maskmov": mask_move}

@@ -1,0 +1,55 @@
+"""A line: the translation of one guest page at one linear address in one code mode.
+
+An instruction that crosses a page border is a line of its own, of one instruction; so is a single step.
+Left out: translations shared between linear addresses (host code holds guest addresses).
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cpu_node.dispatch import Table
+
+PAGE = 4096
+PADDING = bytes(16)  # behind a page, so that decoding never runs off the end
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """Host code of a stretch of guest code."""
+
+    va: int  # linear address of code[0]
+    pa_pages: tuple[int, ...]  # physical page numbers the bytes came from
+    mode: int
+    code: bytes  # guest bytes, padded
+    size: int  # of them real
+    starts: int  # an instruction may start at offsets below this
+    chain: int  # direct jumps may be chained to offsets below this (0: none)
+    verify: bool = False  # host code checks its source bytes before each instruction
+    host: dict[int, int] = field(default_factory=dict)  # offset -> offset in the code cache
+    waiting: dict[int, list[int]] = field(default_factory=dict)  # offset -> ends of rel32 to patch
+    tables: set[Table] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """One run of the translator: maps host addresses back. Both arrays ascend together."""
+
+    line: Line
+    start: int  # offset in the code cache
+    end: int
+    hosts: array[int]  # host offset of each instruction, from start
+    offsets: array[int]  # its guest offset in the line
+
+
+def page_line(va_page: int, pa_page: int, mode: int, code: bytes, verify: bool) -> Line:
+    """The line of a whole page."""
+    return Line(va_page << 12, (pa_page,), mode, code + PADDING, PAGE, PAGE, PAGE, verify)
+
+
+def single_line(va: int, pa_pages: tuple[int, ...], mode: int, code: bytes, verify: bool = False) -> Line:
+    """A line of the one instruction at `va`; every way out of it goes through the dispatch table."""
+    return Line(va, pa_pages, mode, code + PADDING, len(code), 1, 0, verify)

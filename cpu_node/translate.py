@@ -1,0 +1,214 @@
+"""The translator: guest instructions of a line to host code, by templates.
+
+`translate` is pure but for the line's maps: it returns bytes meant for a given place in the code cache and
+the patches to make elsewhere (golden tests need no CPU). A chunk is straight-line code that runs on past
+conditional jumps and calls and follows jumps inside the page; every guest instruction boundary in it is a
+valid entry, because nothing is cached between instructions.
+Left out: anything across pages (a jump there goes through the dispatch table), optimisation.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from cpu_node.emit import (
+    CALL,
+    END,
+    EXIT_CHAIN,
+    EXIT_SIMULATE,
+    EXIT_STALE,
+    FUNCTION,
+    ICALL,
+    JCC,
+    JMP,
+    JUMP_R8,
+    LOOP,
+    MOV_R8,
+    PLAIN,
+    PLAIN_POST,
+    PUSHED,
+    SIMULATE,
+    STOP,
+    STORE_IMM,
+    WINDOW,
+    Templates,
+)
+from cpu_node.line import Chunk, Line
+
+MAX_INSTRUCTIONS = 250  # of a chunk
+
+
+@dataclass(slots=True)
+class Translation:
+    """What one call of translate made."""
+
+    code: bytes
+    chunk: Chunk
+    patches: list[tuple[int, int]]  # (end of a rel32 in older code, its new target), cache offsets
+    returns: list[int]  # offsets behind calls: worth a dispatch entry
+
+
+def check_source(line: Line, offset: int, length: int) -> bytes:
+    """Host code that leaves by EXIT_STALE unless the guest bytes are still those translated.
+
+    Keeps the flags: ECX waits in r9d while JRCXZ tests (rollback.py puts it back).
+    """
+    va = line.va + offset
+    leave = MOV_R8 + va.to_bytes(4, "little") + EXIT_STALE
+    out = b"\x41\x89\xc9"  # mov r9d, ecx
+    at = offset
+    while at < offset + length:
+        left = offset + length - at
+        size = 4 if left >= 4 else 2 if left >= 2 else 1
+        load = {4: b"\x44\x8b", 2: b"\x44\x0f\xb7", 1: b"\x44\x0f\xb6"}[size]
+        expected = int.from_bytes(line.code[at : at + size], "little")
+        out += WINDOW + load + b"\x04\x25" + (line.va + at & 0xFFFFFFFF).to_bytes(4, "little")
+        out += b"\x41\x8d\x88" + (-expected & 0xFFFFFFFF).to_bytes(4, "little")  # lea ecx, [r8-expected]
+        stale = b"\x44\x89\xc9" + leave  # mov ecx, r9d
+        out += b"\xe3\x02\xeb\x02\xeb" + bytes((len(stale),)) + stale
+        at += size
+    return out + b"\x44\x89\xc9"
+
+
+def translate(line: Line, start: int, templates: Templates, position: int,
+              limit: int = MAX_INSTRUCTIONS) -> Translation:
+    """Translates from line.code[start:] on, for host code at `position` in the cache.
+
+    Enters the new instructions into line.host, and jumps to offsets not translated yet into line.waiting.
+    """
+    code, chain, starts, size = line.code, line.chain, line.starts, line.size
+    va0 = line.va
+    host = line.host
+    root = templates.root
+    verify = line.verify
+    out: list[bytes] = []
+    put = out.append
+    fixups: list[tuple[int, int, int]] = []  # (index in out, position behind the rel32, target offset)
+    hosts: list[int] = []
+    offsets: list[int] = []
+    returns: list[int] = []
+    i, at, left = start, position, limit
+    while True:
+        if left == 0 or i >= starts or i in host:
+            put(b"\xe9")
+            at += 5
+            fixups.append((len(out), at, i))
+            put(b"")
+            break
+        leaf = root[code[i]]
+        if leaf.__class__ is list:
+            leaf = leaf[code[i + 1]]
+            if leaf.__class__ is list:
+                leaf = leaf[code[i + 2]]
+                j = i + 3
+                while leaf.__class__ is list:
+                    leaf = leaf[code[j]]
+                    j += 1
+        if leaf is None:
+            leaf = templates.lookup(code, i)
+        kind, n, skip, pre, post, length = leaf
+        if i + n > size and kind != STOP:
+            # crosses into the next page: a line of its own
+            put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + JUMP_R8)
+            at += 10
+            break
+        left -= 1
+        host[i] = at
+        hosts.append(at - position)
+        offsets.append(i)
+        if verify:
+            check = check_source(line, i, min(n, size - i))
+            put(check)
+            at += len(check)
+        if kind == PLAIN:
+            put(pre)
+            if skip:
+                put(code[i + skip : i + n])
+            i += n
+            at += length
+            continue
+        following = i + n
+        if kind == JCC:
+            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+            put(pre)
+            at += 6
+            fixups.append((len(out), at, target))
+            put(b"")
+        elif kind == PLAIN_POST:
+            put(pre)
+            put(code[i + skip : following])
+            put(post)
+            at += length
+        elif kind == CALL:
+            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+            put(STORE_IMM + (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + b"\xe9")
+            at += 19
+            fixups.append((len(out), at, target))
+            put(b"")
+            returns.append(following)
+        elif kind == JMP:
+            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+            if 0 <= target < chain and target not in host and not verify:
+                i = target
+                continue
+            put(b"\xe9")
+            at += 5
+            fixups.append((len(out), at, target))
+            put(b"")
+            break
+        elif kind == FUNCTION:
+            piece = post(code, i, va0 + i & 0xFFFFFFFF)
+            put(piece)
+            at += len(piece)
+        elif kind == END:
+            if callable(post):
+                piece = pre + post(code, i, va0 + i & 0xFFFFFFFF)
+            else:
+                piece = pre + code[i + skip : following] + (post or b"") if skip else pre
+            put(piece)
+            at += len(piece)
+            break
+        elif kind == ICALL:
+            piece = pre + (code[i + skip : following] if skip else b"") + STORE_IMM
+            piece += (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + JUMP_R8
+            put(piece)
+            at += len(piece)
+            returns.append(following)
+        elif kind == LOOP:
+            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+            put(pre)
+            at += length
+            fixups.append((len(out), at, target))
+            put(b"")
+        else:
+            assert kind in (SIMULATE, STOP), kind
+            put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + EXIT_SIMULATE)
+            at += 10
+            if kind == STOP:
+                break
+        i = following
+
+    patches: list[tuple[int, int]] = []
+    stubs: dict[int, int] = {}
+    for index, behind, target in fixups:
+        place = host.get(target) if 0 <= target < chain else None
+        if place is None:
+            place = stubs.get(target)
+            if place is None:
+                place = stubs[target] = at
+                inside = 0 <= target < chain
+                put(MOV_R8 + (va0 + target & 0xFFFFFFFF).to_bytes(4, "little")
+                    + (EXIT_CHAIN if inside else JUMP_R8))
+                at += 10
+            if 0 <= target < chain:
+                line.waiting.setdefault(target, []).append(behind)
+        out[index] = (place - behind).to_bytes(4, "little", signed=True)
+    if line.waiting:
+        for offset in offsets:
+            for behind in line.waiting.pop(offset, ()):
+                patches.append((behind, host[offset]))
+    data = b"".join(out)
+    assert position + len(data) == at
+    chunk = Chunk(line, position, at, array("I", hosts), array("H", offsets))
+    return Translation(data, chunk, patches, returns)

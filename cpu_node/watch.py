@@ -1,0 +1,87 @@
+"""Which page-table pages something was derived from, and what of it they no longer support.
+
+Write-protecting page tables would cost a fault for each write; comparing the few pages a context depends on
+with copies costs a quarter of a microsecond each, when a TLB flush says that it must be done.
+"""
+
+from __future__ import annotations
+
+from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory
+
+RIGHTS = P | RW | US | PS
+
+
+class Watch:
+    """The page-table entries behind a set of linear pages."""
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self.memory = memory
+        self.pdes: dict[int, int] = {}  # linear 4 MiB page -> its directory entry
+        self._tables: dict[int, bytes] = {}  # page table (pa) -> content when last compared
+        self._covers: dict[int, set[int]] = {}  # page table (pa) -> linear 4 MiB pages it maps
+        self._directory: tuple[int, bytes] = (-1, b"")  # (cr3, content) when last compared
+
+    def add(self, va: int, entry_pa: int, cr3: int) -> None:
+        """`va` was walked in directory `cr3`; its leaf entry is at `entry_pa`."""
+        va_big, table = va >> 22, entry_pa & FRAME
+        pde = int(self.memory.dwords[(cr3 >> 2) + va_big])
+        if self.pdes.get(va_big) != pde:
+            self.pdes[va_big] = pde
+        if not pde & PS:
+            if table not in self._tables:
+                self._tables[table] = self.memory.ram[table : table + 4096]
+            self._covers.setdefault(table, set()).add(va_big)
+
+    def changes(self, cr3: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """What differs from the last call, seen through directory `cr3`.
+
+        (linear page, its entry now) for changed entries of page tables, and the linear 4 MiB pages whose
+        directory entries grant something else; those are forgotten.
+        """
+        ram = self.memory.ram
+        pages: list[tuple[int, int]] = []
+        for table, copy in list(self._tables.items()):
+            now = ram[table : table + 4096]
+            if now != copy:
+                self._tables[table] = now
+                changed = _differences(copy, now)
+                for va_big in self._covers[table]:
+                    pages += [(va_big << 10 | index, new) for index, new in changed]
+        now = ram[cr3 : cr3 + 4096]
+        if self._directory == (cr3, now):
+            return pages, []
+        self._directory = (cr3, now)
+        entries = memoryview(now).cast("I")
+        bigs = [va_big for va_big, old in self.pdes.items() if _claims_more(old, entries[va_big])]
+        for va_big in bigs:
+            self._forget(va_big)
+        return pages, bigs
+
+    def _forget(self, va_big: int) -> None:
+        del self.pdes[va_big]
+        for table, covered in list(self._covers.items()):
+            covered.discard(va_big)
+            if not covered:
+                del self._covers[table], self._tables[table]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.pdes.clear()
+        self._tables.clear()
+        self._covers.clear()
+        self._directory = (-1, b"")
+
+
+def _claims_more(old: int, new: int) -> bool:
+    """Did a directory entry change in what it grants or where it points?"""
+    return bool((old ^ new) & (RIGHTS | FRAME) or (old & PS and old & ~new & (A | D)))
+
+
+def _differences(old: bytes, new: bytes) -> list[tuple[int, int]]:
+    """(index, entry now) where page-table pages differ."""
+    out = []
+    for base in range(0, 4096, 256):
+        if old[base : base + 256] != new[base : base + 256]:
+            a, b = memoryview(old[base : base + 256]).cast("I"), memoryview(new[base : base + 256]).cast("I")
+            out += [(base // 4 + k, int(b[k])) for k in range(64) if a[k] != b[k]]
+    return out

@@ -1,0 +1,285 @@
+"""Windows: guest address spaces as host mappings of the memory file, filled on demand.
+
+A Space is one page directory seen from two privileges, a window each: the kernel's shows every page, the
+user's only pages with U/S. A window is a cache of the page tables as a TLB is: entries may vanish at any
+time, must be gone after INVLPG or a CR3 load, and are never wider than the guest's rights with A (and, for
+writing, D) set. Pages that hold translated code are mapped read-only.
+A space that was left is kept; `resync` compares the page-table pages it was filled from before it is used
+again.
+Left out: mappings shared between windows; write tracking of page tables (comparing is cheaper than a fault).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cpu_node import host_unsafe as host
+from cpu_node import layout as at
+from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
+from cpu_node.watch import RIGHTS, Watch
+
+_AHEAD = 64  # pages mapped along with one that faulted, at most
+_free: list[int] = list(range(at.WINDOW_COUNT - 2, 0, -1))
+
+
+class CodePages:
+    """Which physical pages hold translated code, and where they are mapped writable."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, set[object]] = {}  # physical page -> its lines
+        self.mixed: set[int] = set()  # pages of code and data: not protected, translations verify themselves
+        self.small: dict[int, set[tuple[Window, int]]] = {}  # physical page -> (window, linear page)
+        self.big: dict[int, set[tuple[Window, int]]] = {}  # 4 MiB frame -> (window, linear 4 MiB page)
+
+    def protected(self, pa_page: int) -> bool:
+        """Must writes to the page fault?"""
+        return pa_page in self.lines and pa_page not in self.mixed
+
+    def protect(self, pa_page: int) -> None:
+        """Make every mapping of the page read-only."""
+        for window, va_page in self.small.get(pa_page, ()):
+            if window.small[va_page][1]:
+                window.set_writable(va_page, pa_page, False)
+        for window, va_big in self.big.get(pa_page >> 10, ()):
+            if window.big[va_big][1]:
+                host.protect(window.ha + (va_big << 22 | (pa_page & 0x3FF) << 12), 4096, host.PROT_READ)
+
+
+class Window:
+    """4 GiB of host addresses for one guest address space at one privilege."""
+
+    def __init__(self, ram_fd: int, memory: PhysicalMemory, code: CodePages, user: bool) -> None:
+        self.index = _free.pop()
+        self.ha = at.WINDOWS + self.index * at.WINDOW_STRIDE
+        self.user = user
+        self.fd = ram_fd
+        self.memory = memory
+        self.code = code
+        self.small: dict[int, tuple[int, bool, int]] = {}  # linear page -> (physical page, writable, entry)
+        self.big: dict[int, tuple[int, bool, int]] = {}  # linear 4 MiB page -> (frame, writable, entry)
+        host.reserve(self.ha, 1 << 32)
+
+    def set_writable(self, va_page: int, pa_page: int, writable: bool) -> None:
+        """Change the rights of a small page that is mapped."""
+        entry = self.small[va_page][2]
+        self.small[va_page] = (pa_page, writable, entry)
+        host.protect(self.ha + (va_page << 12), 4096, host.PROT_READ | (host.PROT_WRITE if writable else 0))
+
+    def map_small(self, va_page: int, pa_page: int, count: int, writable: bool, entries: list[int]) -> None:
+        """Map a run of pages, contiguous on both sides."""
+        prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
+        host.map_file(self.ha + (va_page << 12), count << 12, prot, self.fd, pa_page << 12, True)
+        small, rmap = self.small, self.code.small
+        for k in range(count):
+            old = small.get(va_page + k)
+            if old is not None and old[0] != pa_page + k:
+                rmap[old[0]].discard((self, va_page + k))
+            small[va_page + k] = (pa_page + k, writable, entries[k])
+            where = rmap.get(pa_page + k)
+            if where is None:
+                rmap[pa_page + k] = {(self, va_page + k)}
+            else:
+                where.add((self, va_page + k))
+
+    def map_big(self, va_big: int, frame: int, count: int, writable: bool, entries: list[int]) -> None:
+        """Map `count` 4 MiB pages in one go; the last may end where RAM ends."""
+        ha, pa = self.ha + (va_big << 22), frame << 22
+        length = min(count << 22, self.memory.size - pa)
+        prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
+        host.map_file(ha, length, prot, self.fd, pa, False)
+        host.advise(ha, length, host.MADV_HUGEPAGE)
+        for k in range(count):
+            self.big[va_big + k] = (frame + k, writable, entries[k])
+            self.code.big.setdefault(frame + k, set()).add((self, va_big + k))
+        if writable:
+            first, last = pa >> 12, (pa + length) >> 12
+            pages = sorted(p for p in self.code.lines if first <= p < last and p not in self.code.mixed)
+            for page, run in _runs(pages):
+                host.protect(ha + (page - first << 12), run << 12, host.PROT_READ)
+
+    def drop_small(self, pages: Iterable[int]) -> None:
+        """Unmap pages, if they are mapped."""
+        small, rmap = self.small, self.code.small
+        gone = sorted(p for p in pages if p in small)
+        for va_page in gone:
+            rmap[small.pop(va_page)[0]].discard((self, va_page))
+        for va_page, run in _runs(gone):
+            host.reserve(self.ha + (va_page << 12), run << 12)
+
+    def drop_big(self, va_big: int) -> None:
+        """Unmap whatever a page-directory entry mapped."""
+        old = self.big.pop(va_big, None)
+        if old is not None:
+            self.code.big[old[0]].discard((self, va_big))
+            host.reserve(self.ha + (va_big << 22), 1 << 22)
+        if self.small:
+            first = va_big << 10
+            self.drop_small([p for p in range(first, first + 1024) if p in self.small]
+                            if len(self.small) > 1024 else [p for p in self.small if p >> 10 == va_big])
+
+    def outdated(self, va_page: int, pte: int) -> bool:
+        """Does the mapping of a page, made from an older entry, claim more than `pte` grants?"""
+        old = self.small.get(va_page)
+        if old is None:
+            return False
+        return bool(pte >> 12 != old[0] or old[2] & ~pte & (P | RW | US | A) or (old[1] and not pte & D))
+
+    def clear(self) -> None:
+        """Unmap all."""
+        rmap = self.code.small
+        for va_page, (pa_page, _, _) in self.small.items():
+            rmap[pa_page].discard((self, va_page))
+        for va_big, (frame, _, _) in self.big.items():
+            self.code.big[frame].discard((self, va_big))
+        self.small.clear()
+        self.big.clear()
+        host.reserve(self.ha, 1 << 32)
+
+    def close(self) -> None:
+        """Give the address space back."""
+        self.clear()
+        _free.append(self.index)
+
+
+def _runs(pages: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, count)."""
+    out: list[tuple[int, int]] = []
+    for page in pages:
+        if out and out[-1][0] + out[-1][1] == page:
+            out[-1] = (out[-1][0], out[-1][1] + 1)
+        else:
+            out.append((page, 1))
+    return out
+
+
+class Space:
+    """One page directory (cr3 None: paging off) and its two windows."""
+
+    def __init__(self, cr3: int | None, ram_fd: int, memory: PhysicalMemory, code: CodePages) -> None:
+        self.cr3 = cr3
+        self.memory = memory
+        self.code = code
+        self.kernel = Window(ram_fd, memory, code, user=False)
+        self._user: Window | None = None
+        self._ram_fd = ram_fd
+        self.watch = Watch(memory)
+
+    @property
+    def user(self) -> Window:
+        """The window of CPL 3, made when first needed."""
+        if self._user is None:
+            self._user = Window(self._ram_fd, self.memory, self.code, user=True)
+        return self._user
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        return (self.kernel,) if self._user is None else (self.kernel, self._user)
+
+    def mappings(self) -> int:
+        """Estimate of host mappings held."""
+        return sum(len(w.small) + 2 * len(w.big) for w in self.windows) + 2
+
+    def fill(self, walker: Walker, va: int, write: bool, user: bool) -> bool:
+        """Map what `va` needs. False: no RAM there. Raises GuestFault."""
+        pa, entry, entry_pa, size = walker.walk(va, write, user)
+        if pa >= self.memory.size:
+            return False
+        window = self.user if user else self.kernel
+        if entry_pa < 0:
+            count = (self.memory.size + (1 << 22) - 1) >> 22
+            if 0 not in window.big:
+                window.map_big(0, 0, count, True, [entry] * count)
+            if write:
+                self._unprotect(window, va, pa)
+            return True
+        may_write = bool(entry & D and (entry & RW or not (user or walker.write_protect)))
+        if size == 1 << 22:
+            self._fill_big(window, walker, va, pa, entry, entry_pa, may_write)
+            if write:
+                self._unprotect(window, va, pa)
+        else:
+            self._fill_small(window, walker, va, pa, entry, entry_pa, may_write, write)
+        return True
+
+    def _unprotect(self, window: Window, va: int, pa: int) -> None:
+        """A write is due: undo a protection that is no longer needed."""
+        if not self.code.protected(pa >> 12):
+            host.protect(window.ha + (va & FRAME), 4096, host.PROT_READ | host.PROT_WRITE)
+
+    def _fill_big(self, window: Window, walker: Walker, va: int, pa: int, entry: int, entry_pa: int,
+                  may_write: bool) -> None:
+        self.watch.add(va, entry_pa, walker.cr3)
+        va_big, frame = va >> 22, pa >> 22
+        old = window.big.get(va_big)
+        if old is not None and old[0] == frame and old[1] == may_write:
+            return
+        entries = [entry]
+        rights = entry & (RIGHTS | A | D)
+        dwords, base = self.memory.dwords, walker.cr3 >> 2
+        while (va_big + len(entries) < 1024 and frame + len(entries) << 22 < self.memory.size
+               and va_big + len(entries) not in window.big):
+            pde = int(dwords[base + va_big + len(entries)])
+            if pde >> 22 != frame + len(entries) or pde & (RIGHTS | A | D) != rights:
+                break
+            entries.append(pde)
+        for k in range(len(entries)):
+            if window.small:
+                window.drop_big(va_big + k)
+        window.map_big(va_big, frame, len(entries), may_write, entries)
+
+    def _fill_small(self, window: Window, walker: Walker, va: int, pa: int, entry: int, entry_pa: int,
+                    may_write: bool, write: bool) -> None:
+        self.watch.add(va, entry_pa, walker.cr3)
+        table = entry_pa & FRAME
+        va_page, pa_page = va >> 12, pa >> 12
+        code = self.code
+        writable = may_write and not code.protected(pa_page)
+        old = window.small.get(va_page)
+        if old is not None and old[0] == pa_page:
+            if old[1] != writable:
+                window.small[va_page] = (pa_page, old[1], entry)
+                window.set_writable(va_page, pa_page, writable)
+            return
+        # neighbours above, while contiguous and already accessed (and dirty, if this one is writable)
+        entries = [entry]
+        need = entry & (RIGHTS & ~PS) | A | (D if may_write else 0)
+        dwords = self.memory.dwords
+        index, limit = entry_pa >> 2, (table >> 2) + 1024
+        last = self.memory.size >> 12
+        while len(entries) < _AHEAD and index + len(entries) < limit:
+            k = len(entries)
+            pte = int(dwords[index + k])
+            if (pte >> 12 != pa_page + k or pte & need != need or pa_page + k >= last
+                    or va_page + k in window.small or code.protected(pa_page + k)
+                    or (not may_write and pte & D)):
+                break
+            entries.append(pte)
+        if write and not writable and may_write:
+            entries = entries[:1]
+        window.map_small(va_page, pa_page, len(entries), writable, entries)
+
+    def invlpg(self, va: int) -> None:
+        """Drop what maps `va`."""
+        for window in self.windows:
+            if va >> 22 in window.big:
+                window.drop_big(va >> 22)
+            else:
+                window.drop_small((va >> 12,))
+
+    def resync(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """Drop what the page tables no longer say; returns what Watch.changes found."""
+        if self.cr3 is None:
+            return [], []
+        pages, bigs = self.watch.changes(self.cr3)
+        for va_big in bigs:
+            for window in self.windows:
+                window.drop_big(va_big)
+        if pages:
+            for window in self.windows:
+                window.drop_small([page for page, new in pages if window.outdated(page, new)])
+        return pages, bigs
+
+    def close(self) -> None:
+        """Give everything back."""
+        for window in self.windows:
+            window.close()

@@ -1,4 +1,4 @@
-"""A small protected-mode machine for tests of system instructions: tables, stacks, helpers to build entries."""
+"""A small protected-mode machine for tests of system instructions: tables, stacks, helpers."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ DESCRIPTORS = {
 }  # fmt: skip
 
 TSC_HZ = 2_400_000_000
-HOST = frozenset(
-    "fpu tsc cx8 cmov clflush mmx fxsr sse sse2 pni ssse3 sse4_1 sse4_2 popcnt pclmulqdq aes erms".split()
-)
+HOST_FLAGS = "fpu tsc cx8 cmov clflush mmx fxsr sse sse2 pni ssse3 sse4_1 sse4_2 popcnt pclmulqdq aes erms"
+HOST = frozenset(HOST_FLAGS.split())
 
 
 class Machine:
@@ -97,7 +96,9 @@ class Machine:
     def gate(self, vector: int, raw: int) -> None:
         self.memory.write32s(IDT + 8 * vector, [raw & 0xFFFFFFFF, raw >> 32])
 
-    def interrupt_gate(self, vector: int, dpl: int = 0, selector: int = CODE0, kind: int = INTERRUPT_GATE32) -> None:
+    def interrupt_gate(
+        self, vector: int, dpl: int = 0, selector: int = CODE0, kind: int = INTERRUPT_GATE32
+    ) -> None:
         self.gate(vector, pack_gate(kind, selector, HANDLER + vector, dpl=dpl))
 
     def ring(self, cpl: int, eip: int = 0x0010_0000) -> None:

@@ -81,11 +81,14 @@ DATA_LOADS = [
     # CPL, selector, (vector, error) or None
     (0, 0, None), (0, 3, None), (3, 2, None),
     (0, DATA0, None), (0, DATA3, None), (0, DATA3 & ~3, None), (0, DATA0 | 3, (GP, DATA0)),
-    (3, DATA0, (GP, DATA0)), (3, DATA3, None), (3, DATA3 & ~3, None), (1, DATA1, None), (1, DATA0, (GP, DATA0)),
+    (3, DATA0, (GP, DATA0)), (3, DATA3, None), (3, DATA3 & ~3, None), (1, DATA1, None),
+    (1, DATA0, (GP, DATA0)),
     (1, DATA3, None), (3, DATA1, (GP, DATA1 & ~3)),
-    (0, CODE0, None), (3, CODE0, (GP, CODE0)), (3, CODE3, None), (3, CONFORMING, None), (3, CONFORMING | 3, None),
+    (0, CODE0, None), (3, CODE0, (GP, CODE0)), (3, CODE3, None), (3, CONFORMING, None),
+    (3, CONFORMING | 3, None),
     (3, EXEC_ONLY3, (GP, EXEC_ONLY3 & ~3)), (3, READ_ONLY3, None), (0, EXPAND_DOWN, None),
-    (0, ABSENT_DATA, (NP, ABSENT_DATA)), (3, ABSENT_DATA, (GP, ABSENT_DATA)), (0, ABSENT_CODE, (NP, ABSENT_CODE)),
+    (0, ABSENT_DATA, (NP, ABSENT_DATA)), (3, ABSENT_DATA, (GP, ABSENT_DATA)),
+    (0, ABSENT_CODE, (NP, ABSENT_CODE)),
     (0, TSS_SEL, (GP, TSS_SEL)), (0, LDT_SEL, (GP, LDT_SEL)), (0, CALL_SEL, (GP, CALL_SEL & ~3)),
     (0, FREE, (GP, FREE)), (0, BEYOND, (GP, BEYOND)), (0, 0x104 | 0, (GP, 0x104)),
 ]  # fmt: skip
@@ -109,10 +112,12 @@ def test_data_segment_loads(m, index, cpl, selector, fault):
 
 
 STACK_LOADS = [
-    (0, DATA0, None), (0, 0, (GP, 0)), (3, 3, (GP, 0)), (0, DATA0 | 3, (GP, DATA0)), (0, DATA3, (GP, DATA3 & ~3)),
+    (0, DATA0, None), (0, 0, (GP, 0)), (3, 3, (GP, 0)), (0, DATA0 | 3, (GP, DATA0)),
+    (0, DATA3, (GP, DATA3 & ~3)),
     (3, DATA3, None), (3, DATA3 & ~3, (GP, DATA3 & ~3)), (1, DATA1, None), (0, CODE0, (GP, CODE0)),
     (3, READ_ONLY3, (GP, READ_ONLY3 & ~3)), (0, EXPAND_DOWN, None), (0, ABSENT_DATA, (SS_FAULT, ABSENT_DATA)),
-    (3, ABSENT_STACK3, (SS_FAULT, ABSENT_STACK3 & ~3)), (0, TSS_SEL, (GP, TSS_SEL)), (0, BEYOND, (GP, BEYOND)),
+    (3, ABSENT_STACK3, (SS_FAULT, ABSENT_STACK3 & ~3)), (0, TSS_SEL, (GP, TSS_SEL)),
+    (0, BEYOND, (GP, BEYOND)),
 ]  # fmt: skip
 
 
@@ -216,10 +221,10 @@ def test_lar_lsl_verr_verw(m, cpl, selector, rights, limit, readable, writable):
 
 def test_lar_shows_the_flag_bits(m):
     assert segments.lar(m.cpu, DATA0) == 0x00CF9300
-    assert segments.lar(m.cpu, INT_GATE := FREE) is None
-    m.describe(INT_GATE, pack_gate(INTERRUPT_GATE32, CODE0, 0))
-    assert segments.lar(m.cpu, INT_GATE) is None
-    assert segments.lsl(m.cpu, INT_GATE) is None
+    assert segments.lar(m.cpu, FREE) is None
+    m.describe(FREE, pack_gate(INTERRUPT_GATE32, CODE0, 0))
+    assert segments.lar(m.cpu, FREE) is None
+    assert segments.lsl(m.cpu, FREE) is None
 
 
 @pytest.mark.parametrize("mode", ["real", "virtual8086"])
@@ -240,7 +245,8 @@ def test_stores_undefined_outside_protected_mode(m, mode, action):
 
 
 LDT_LOADS = [
-    (LDT_SEL, None), (0, None), (LDT_SEL | 4, (GP, LDT_SEL | 4)), (DATA0, (GP, DATA0)), (TSS_B_SEL, (GP, TSS_B_SEL)),
+    (LDT_SEL, None), (0, None), (LDT_SEL | 4, (GP, LDT_SEL | 4)), (DATA0, (GP, DATA0)),
+    (TSS_B_SEL, (GP, TSS_B_SEL)),
     (BEYOND, (GP, BEYOND)),
 ]  # fmt: skip
 

@@ -24,7 +24,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one or say make PYTHON=..." >&2; exit 2; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) >/dev/null || \
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null || \
 	    { rm -rf $(VENV); echo "$(PYTHON) can make no virtual environment; install python3-venv" >&2; exit 2; }
 	@echo "setup: installing into $(VENV)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -107,11 +107,12 @@ class Slot:
         self._irqs = dict(irqs)
         self._mirror = mirror
         self._ranges: dict[str, IoRange] = {r.name: r for r in (*cls.PORTS, *cls.MMIO)}
-        self._levels: dict[str, bool] = {}
+        self._levels: dict[str, bool] = dict.fromkeys(cls.IRQS, False)
         self._intr: bool | None = None  # None: the device has never driven an INT pin
         self._inputs = _Lines({})
         self._deadlines: dict[str, int] = {}
         self._effects: list[Callable[[], None]] = []
+        self._lines = frozenset(cls.IRQS)
         self.device = cls(self, settings)
         self.device.reset()
         self._settle()
@@ -119,13 +120,15 @@ class Slot:
     # --- devices.base.Wiring -----------------------------------------------------------------------
 
     def set_irq(self, line: str, level: bool) -> None:
-        if line not in self.device.IRQS:
+        if line not in self._lines:
             raise ValueError(f"{self.node} has no line {line!r}")
         level = bool(level)
-        if self._levels.get(line, False) == level:
-            return
-        self._levels[line] = level
-        self._drive(line, level)
+        if self._levels.get(line) != level:
+            self._levels[line] = level
+            irq = self._irqs.get(line)
+            if irq is not None:
+                frame = Line(irq, level, f"{self.node}.{line}")
+                self._effects.append(lambda: self._outside.to_controllers(frame))
 
     def send(self, channel: str, data: bytes) -> None:
         self._effects.append(lambda: self._outside.output(channel, data))
@@ -255,25 +258,15 @@ class Slot:
             inputs = _Lines.from_plain(state["inputs"])
         except (TypeError, ValueError) as error:
             raise StateMismatch(f"input lines {state['inputs']!r}: {error}") from error
+        before = self._inputs, self._levels, self._intr
+        self._inputs, self._levels, self._intr = inputs, {}, None  # so that all is said again
         self._deadlines.clear()
-        before, self._inputs = self._inputs, inputs
         try:
             self.device.load(state["device"])
         except StateMismatch:
-            self._inputs = before
+            self._inputs, self._levels, self._intr = before
             self.device.drive_lines()
             raise
-        for line in self.device.IRQS:  # a controller may have missed them: say all levels again
-            self._drive(line, self._levels.get(line, False))
-        if self._intr is not None:
-            level, self._intr = self._intr, None
-            self.intr(level)
-
-    def _drive(self, line: str, level: bool) -> None:
-        irq = self._irqs.get(line)
-        if irq is not None:
-            frame = Line(irq, level, f"{self.node}.{line}")
-            self._effects.append(lambda: self._outside.to_controllers(frame))
 
     def _settle(self) -> None:
         if self._mirror is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from devices.acpi_pm import CONTROL, RESET, RESET_VALUE, SLP_TYP_S5, TIMER
+from devices.acpi_pm import CONTROL, RESET, RESET_VALUE, SLP_TYP_S5, TIMER, AcpiPmSettings
+from devices.ioapic import IoApicSettings
 from launcher import aml
 from launcher.boot_plan import devices_of
 from launcher.config import MachineConfig
@@ -48,7 +49,7 @@ class AcpiMachine:
     keyboard_irq: int | None = None  # of the 8042
     rtc: tuple[int, int] | None = None  # (port, irq)
     ioapic_pa: int | None = None  # given: the machine has APICs, and a MADT
-    ioapic_id: int = 1
+    ioapic_id: int | None = None
 
 
 def describe(config: MachineConfig) -> AcpiMachine | None:
@@ -70,11 +71,12 @@ def describe(config: MachineConfig) -> AcpiMachine | None:
         sci_irq=min(managers[0].irqs.values()),
         reset_port=pm_base + RESET,
         reset_value=RESET_VALUE,
-        timer_bits=managers[0].settings.get("timer_bits", 32),
+        timer_bits=managers[0].settings.get("timer_bits", AcpiPmSettings().timer_bits),
         uarts=tuple(isa("uart16550")),
         keyboard_irq=keyboards[0][1] if keyboards else None,
         rtc=clocks[0] if clocks else None,
         ioapic_pa=min(ioapics[0].mmio.values()) if with_apic else None,
+        ioapic_id=ioapics[0].settings.get("id", IoApicSettings().id) if with_apic else None,
     )
 
 
@@ -154,12 +156,12 @@ def fadt(machine: AcpiMachine, facs_pa: int, dsdt_pa: int) -> bytes:
     return table(b"FACP", FADT_REVISION, body)
 
 
-def madt(machine: AcpiMachine, ioapic_pa: int) -> bytes:
+def madt(machine: AcpiMachine, ioapic_pa: int, ioapic_id: int) -> bytes:
     """Multiple APIC Description Table: one processor, one I/O APIC, the ISA overrides [5.2.12]."""
     sci_flags = INTI_ACTIVE_HIGH | INTI_LEVEL
     body = struct.pack("<II", LOCAL_APIC_PA, MADT_PCAT_COMPAT)
     body += struct.pack("<BBBBI", MADT_LOCAL_APIC, 8, 0, 0, 1)
-    body += struct.pack("<BBBBII", MADT_IO_APIC, 12, machine.ioapic_id, 0, ioapic_pa, 0)
+    body += struct.pack("<BBBBII", MADT_IO_APIC, 12, ioapic_id, 0, ioapic_pa, 0)
     body += struct.pack("<BBBBIH", MADT_OVERRIDE, 10, 0, 0, PIT_GSI, 0)
     body += struct.pack("<BBBBIH", MADT_OVERRIDE, 10, 0, machine.sci_irq, machine.sci_irq, sci_flags)
     body += struct.pack("<BBBHB", MADT_LOCAL_NMI, 6, 0xFF, 0, 1)  # every processor's LINT1
@@ -189,8 +191,8 @@ def build(machine: AcpiMachine) -> tuple[int, bytes]:
     facs_pa = place(facs())
     dsdt_pa = place(dsdt(machine))
     tables = [place(fadt(machine, facs_pa, dsdt_pa))]
-    if machine.ioapic_pa is not None:
-        tables.append(place(madt(machine, machine.ioapic_pa)))
+    if machine.ioapic_pa is not None and machine.ioapic_id is not None:
+        tables.append(place(madt(machine, machine.ioapic_pa, machine.ioapic_id)))
     pointer = rsdp(place(rsdt(tables)))
     image[: len(pointer)] = pointer
     return TABLES_PA, bytes(image)

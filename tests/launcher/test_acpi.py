@@ -25,6 +25,7 @@ PC = AcpiMachine(
     keyboard_irq=1,
     rtc=(0x70, 8),
     ioapic_pa=0xFEC0_0000,
+    ioapic_id=1,
 )
 
 
@@ -107,10 +108,10 @@ def test_the_machine_files_describe_what_they_have() -> None:
     linux, pic = (describe(read_config(MACHINES / f"{name}.toml")) for name in ("linux", "linux-pic"))
     assert linux is not None
     assert pic is not None
-    assert linux.ioapic_pa == 0xFEC0_0000
+    assert (linux.ioapic_pa, linux.ioapic_id) == (0xFEC0_0000, 1)
     assert (linux.pm_base, linux.sci_irq) == (0x600, 9)
     assert (linux.uarts, linux.keyboard_irq, linux.rtc) == (((0x3F8, 4),), 1, (0x70, 8))
-    assert pic == replace(linux, ioapic_pa=None)
+    assert pic == replace(linux, ioapic_pa=None, ioapic_id=None)
 
 
 def test_power_off_is_described_as_the_hello_guest_does_it() -> None:

@@ -238,6 +238,17 @@ class Contexts:
         self.code.mixed.clear()
         self.writes.clear()
 
+    def forget_all(self) -> None:
+        """RESET: memory was loaded anew behind our back."""
+        self.flush_cache()
+        for space in self.spaces.values():
+            space.close()
+        self.spaces.clear()
+        for table in self.user_tables.values():
+            table.close()
+        self.user_tables.clear()
+        self.kernel_watch.clear()
+
     # ---- data
 
     def fill(self, va: int, write: bool, user: bool, line: Line | None, eip: int) -> bool:

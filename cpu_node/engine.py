@@ -9,7 +9,7 @@ Left out: direct execution of user code (its place is in `run`, beside `interpre
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from mmap import mmap
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,19 @@ from cpu_node import gates
 from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.contexts import Contexts
-from cpu_node.cpu import CR0_EM, CR0_TS, CR4_OSFXSR, CR4_TSD, DR6_BS, Cpu
+from cpu_node.cpu import (
+    CR0_EM,
+    CR0_ET,
+    CR0_PE,
+    CR0_TS,
+    CR4_OSFXSR,
+    CR4_TSD,
+    DR6_BS,
+    REGISTER_NAMES,
+    Cpu,
+)
 from cpu_node.decode import decode
-from cpu_node.descriptor import CS, DS, ES, FS, GS, SS
+from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, parse
 from cpu_node.errors import AC, DB, DE, GP, MF, NMI, UD, XM, GuestFault
 from cpu_node.flags import RF, TF, VM
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
@@ -66,6 +76,28 @@ class Engine:
         self.record.d[at.KICK // 4] = 0
         for index in range(6):
             self.segments_changed(index)
+
+    def start(self, registers: Mapping[str, int]) -> None:
+        """RESET, then the state a boot plan gives: flat 32-bit protected mode by the GDT in memory."""
+        cpu = self.cpu
+        cpu.reset()
+        self.record.reset_fpu()
+        if self.apic is not None:
+            self.apic.reset()
+            self.apic.virtual_wire()
+        self.contexts.forget_all()
+        self.memory.forget()
+        for index, name in enumerate(REGISTER_NAMES):
+            cpu.regs[index] = registers[name]
+        cpu.eip = registers["eip"]
+        cpu.cr0 = CR0_PE | CR0_ET
+        cpu.gdt_base, cpu.gdt_limit = registers["gdt_base"], registers["gdt_limit"]
+        self.flush_tlb(True)
+        for index in range(6):
+            selector = registers["cs"] if index == CS else registers["ds"]
+            cpu.seg[index] = parse(selector, self.memory.read64(cpu.gdt_base + selector))
+            self.segments_changed(index)
+        self.mode_changed()
 
     # ---- cpu.Hooks
 

@@ -92,6 +92,11 @@ def function(ha: int) -> Callable[[], None]:
     return ctypes.CFUNCTYPE(None)(ha)
 
 
+def function64(ha: int) -> Callable[[], int]:
+    """The machine code at `ha` as a short call that returns RAX."""
+    return ctypes.PYFUNCTYPE(ctypes.c_uint64)(ha)
+
+
 class _SigAltStack(ctypes.Structure):
     _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
 

@@ -73,6 +73,7 @@ STUB_LEAVE = 0x180
 STUB_EXIT = 0x300  # + 0x20 * reason
 STUB_HANDLER = 0x500
 STUB_RESTORER = 0x700
+STUB_RDTSC = 0x720
 
 
 def exit_stub(reason: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import signal
+from collections.abc import Callable
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
@@ -141,6 +142,7 @@ def stub_image() -> bytes:
         (at.STUB_LEAVE, _leave()),
         (at.STUB_HANDLER, _handler()),
         (at.STUB_RESTORER, "mov eax, 15\nsyscall"),
+        (at.STUB_RDTSC, "rdtsc\nshl rdx, 32\nor rax, rdx\nret"),
         *((at.exit_stub(reason), _exit(reason)) for reason in range(1, 8)),
     ]
     image = bytearray(b"\xcc" * at.CODE_FIRST)
@@ -152,6 +154,11 @@ def stub_image() -> bytes:
         image[offset : offset + len(code)] = code
         end = offset + len(code)
     return bytes(image)
+
+
+def host_rdtsc() -> Callable[[], int]:
+    """The time-stamp counter as translated code reads it."""
+    return host.function64(at.CODE + at.STUB_RDTSC)
 
 
 def install() -> None:

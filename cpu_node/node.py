@@ -1,0 +1,356 @@
+"""The process of one CPU: the engine in the main thread, the bus in a second one.
+
+The CPU's own accesses go out through an IoClient of the main thread. What comes in unasked (INT pin,
+messages of I/O APICs, the launcher's requests) is received by the bus thread, queued, and announced by
+SIGALRM to the main thread, which stops translated code wherever it is.
+Left out: more than one CPU; INIT and start-up IPIs; NMI where the machine has no local APIC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bus.addressmap import AddressMap
+from bus.endpoint import Endpoint, Received
+from bus.frames import (
+    ApicMessage,
+    Event,
+    Frame,
+    Intr,
+    Ping,
+    Pong,
+    Refused,
+    Reset,
+    ResetReply,
+    Save,
+    SaveReply,
+    Shutdown,
+    Stats,
+    StatsReply,
+)
+from bus.io import IoClient
+from cpu_node import layout as at
+from cpu_node import stubs_unsafe
+from cpu_node.cpuid import CpuModel, host_flags
+from cpu_node.engine import Engine
+from cpu_node.errors import TripleFault
+from cpu_node.lapic import LocalApic
+from memory_node.client import attach
+
+FLUSH_NS = 2_000_000  # posted writes wait no longer than this
+CLOSE_S = 2.0
+REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
+REPORTED_STATE = frozenset(("triple-fault",))
+
+log = logging.getLogger(__name__)
+
+
+class Controllers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    pic: str | None
+    ioapics: list[str]
+
+
+class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the launcher says to a CPU node."""
+
+    node: str
+    run_dir: str
+    machine: str
+    map: dict[str, Any]
+    memory_size: int
+    tsc_hz: int
+    apic: bool
+    controllers: Controllers
+    start: dict[str, int]
+    user_mode: str = "translated"
+    launcher: str = "launcher"
+    log_level: str = "warning"
+
+
+class Node:
+    """Implements cpu_node.platform.Platform over the bus."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # threads made from here on inherit it
+        self.intr = False
+        self._inbox: deque[Received] = deque()
+        self._outbox: deque[tuple[Received | None, Frame]] = deque()
+        self._to_bus = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._to_cpu = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._idle = False
+        self._in_reset = False
+        self._closing = False
+        self._alarm_ns: int | None = None  # the engine's
+        self._flush_ns: int | None = None
+        self._armed_ns: int | None = None
+        self._seen: set[tuple[Any, ...]] = set()
+        self._reports: Counter[str] = Counter()
+        run_dir = Path(config.run_dir)
+        ram_fd, size = attach(run_dir, "ram", True)
+        mirror_fd, mirror_size = attach(run_dir, "mirror", False)
+        mirror = None
+        if mirror_size:
+            mirror = memoryview(mmap.mmap(mirror_fd, mirror_size, prot=mmap.PROT_READ))
+        os.close(mirror_fd)
+        self._io = IoClient(run_dir, config.node, AddressMap.from_plain(config.map), mirror, time.monotonic_ns,
+                            self._open_bus, pic=config.controllers.pic, ioapics=config.controllers.ioapics)
+        stubs_unsafe.install()
+        self._rdtsc = stubs_unsafe.host_rdtsc()
+        host = host_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
+        model = CpuModel(tsc_hz=config.tsc_hz, has_apic=config.apic, host=host)
+        apic = None
+        if config.apic:
+            apic = LocalApic(model.apic_id, model.crystal_hz, config.tsc_hz, time.monotonic_ns)
+        self.engine = Engine(ram_fd, mmap.mmap(ram_fd, size), self, model, apic)
+        self._cpu_thread = threading.get_ident()
+        self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
+        self._endpoint_stats: dict[str, Any] = {}
+        self._bus_ready = threading.Event()
+
+    # ---- the CPU's thread
+
+    def run(self) -> None:
+        """Until the launcher says Shutdown."""
+        engine = self.engine
+        self._bus_thread.start()
+        self._bus_ready.wait()
+        engine.start(self.config.start)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
+        self._send(Event("ready", self.config.node))
+        while not engine.stopping:
+            try:
+                engine.run()
+            except TripleFault:
+                self.report("triple-fault", f"triple fault at {engine.where()}", engine.cpu.dump())
+                self._in_reset = True
+                self._wait_in_reset()
+        self.close()
+
+    def close(self) -> None:
+        """Let everything said so far leave this process."""
+        self._io.close()
+        self._closing = True
+        os.eventfd_write(self._to_bus, 1)
+        self._bus_thread.join(CLOSE_S)
+
+    def fail(self, error: Exception) -> None:
+        """Say where the guest was when the CPU node broke."""
+        text = f"{self.config.node}: {type(error).__name__}: {' '.join(str(error).split())}"
+        with contextlib.suppress(Exception):
+            text += f" at {self.engine.where()}"
+        log.critical("%s\n%s", text, traceback.format_exc())
+        self._send(Event("cpu-error", text))
+        self.close()
+
+    def port_read(self, port: int, width: int) -> int:
+        return self._io.port_read(port, width)
+
+    def port_write(self, port: int, width: int, value: int) -> None:
+        self._io.port_write(port, width, value)
+        if self._flush_ns is None:
+            self._flush_soon()
+
+    def mmio_read(self, pa: int, width: int) -> int:
+        return self._io.mmio_read(pa, width)
+
+    def mmio_write(self, pa: int, width: int, value: int) -> None:
+        self._io.mmio_write(pa, width, value)
+        if self._flush_ns is None:
+            self._flush_soon()
+
+    def int_ack(self) -> int | None:
+        return self._io.int_ack()
+
+    def eoi(self, vector: int) -> None:
+        self._io.eoi(vector)
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def rdtsc(self) -> int:
+        return self._rdtsc()
+
+    def poll(self) -> None:
+        """Take in what the bus thread received; flush what was posted long enough ago."""
+        if self._flush_ns is not None and time.monotonic_ns() >= self._flush_ns:
+            self._io.flush()
+            self._flush_ns = None
+        self._armed_ns = None
+        self._arm()
+        while self._inbox:
+            self._take(self._inbox.popleft())
+        if self._in_reset:
+            self._wait_in_reset()
+
+    def idle(self, deadline_ns: int | None) -> None:
+        self._io.flush()
+        self._flush_ns = None
+        self._idle = True
+        try:
+            if self._inbox:
+                return
+            timeout = None if deadline_ns is None else (deadline_ns - time.monotonic_ns()) / 1e9
+            if timeout is None or timeout > 0:
+                select.select([self._to_cpu], [], [], timeout)
+        finally:
+            self._idle = False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._to_cpu)
+
+    def set_alarm(self, deadline_ns: int | None) -> None:
+        self._alarm_ns = deadline_ns
+        self._arm()
+
+    def report(self, kind: str, text: str, data: dict[str, Any]) -> None:
+        if kind not in REPORTED_STATE:
+            data = {}
+            if (kind, text) in self._seen or self._reports[kind] >= REPORTS_PER_KIND:
+                return
+            self._seen.add((kind, text))
+            self._reports[kind] += 1
+        self._send(Event(kind, text, data))
+
+    def _open_bus(self, space: str, address: int, width: int, is_write: bool, value: int) -> None:
+        key = (space, address, width, is_write)
+        if key in self._seen or self._reports["open-bus"] >= REPORTS_PER_KIND:
+            return
+        self._seen.add(key)
+        what = f"write of {value:#x} to" if is_write else "read of"
+        self.engine.report("open-bus", f"{what} {space} {address:#06x}, which nobody owns,", at_next=True)
+
+    def _flush_soon(self) -> None:
+        if self._io.pending:
+            self._flush_ns = time.monotonic_ns() + FLUSH_NS
+            self._arm()
+
+    def _arm(self) -> None:
+        """Set the host timer to whichever deadline comes first."""
+        first = self._alarm_ns
+        if self._flush_ns is not None and (first is None or self._flush_ns < first):
+            first = self._flush_ns
+        if first is None or (self._armed_ns is not None and self._armed_ns <= first):
+            return
+        self._armed_ns = first
+        signal.setitimer(signal.ITIMER_REAL, max(first - time.monotonic_ns(), 1000) / 1e9)
+
+    def _take(self, received: Received) -> None:
+        frame, engine = received.frame, self.engine
+        match frame:
+            case Intr(level=level):
+                self.intr = level
+            case ApicMessage() as m:
+                if engine.apic is not None:
+                    engine.apic.accept(m.vector, m.delivery_mode, m.dest, bool(m.dest_mode),
+                                       bool(m.trigger_level), bool(m.level_assert))
+            case Save():
+                self._answer(received, SaveReply(engine.cpu.dump()))
+            case Stats():
+                self._answer(received, StatsReply(self._counters()))
+            case Shutdown():
+                engine.stopping = True
+                self._in_reset = False
+            case Reset(start=start):
+                self._in_reset = not start
+                if start:
+                    self.intr = False
+                    engine.start(start)
+                self._answer(received, ResetReply())
+            case _ if received.asked:
+                self._answer(received, Refused(f"a CPU takes no {type(frame).__name__}"))
+
+    def _wait_in_reset(self) -> None:
+        """Nothing runs until the launcher gives a state to start from."""
+        self._io.flush()
+        while self._in_reset:
+            select.select([self._to_cpu], [], [])
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._to_cpu)
+            while self._inbox:
+                self._take(self._inbox.popleft())
+
+    def _counters(self) -> dict[str, Any]:
+        """Both endpoints together; latency is the round trip of the CPU's accesses."""
+        engine, io = self.engine, self._io.stats()
+        own = self._endpoint_stats
+        for name in ("frames_in", "frames_out", "bad_frames", "lost", "duplicated", "unroutable"):
+            io[name] += own.get(name, 0)
+        cache = engine.contexts.cache
+        io["exits"] = {at.EXIT_NAMES[reason]: n for reason, n in engine.exits.items()}
+        io["instructions_translated"] = cache.instructions
+        io["code_cache_bytes"] = cache.position
+        io["cache_flushes"] = cache.flushes
+        io["pages_filled"] = engine.contexts.fills
+        io["spaces"] = len(engine.contexts.spaces)
+        return io
+
+    def _send(self, frame: Frame) -> None:
+        self._outbox.append((None, frame))
+        os.eventfd_write(self._to_bus, 1)
+
+    def _answer(self, received: Received, frame: Frame) -> None:
+        self._outbox.append((received, frame))
+        os.eventfd_write(self._to_bus, 1)
+
+    # ---- the bus thread
+
+    def _serve(self) -> None:
+        try:
+            with Endpoint(self.config.run_dir, self.config.node) as endpoint:
+                endpoint.bind()
+                endpoint.connect(self.config.launcher)
+                self._bus_ready.set()
+                while not self._closing:
+                    self._turn(endpoint)
+        except Exception:
+            log.critical("bus thread: %s", traceback.format_exc())
+            os._exit(1)
+
+    def _turn(self, endpoint: Endpoint) -> None:
+        endpoint.wait(None, [self._to_bus])
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._to_bus)
+        news = False
+        for received in endpoint.receive():
+            if isinstance(received.frame, Ping):
+                endpoint.reply(received, Pong())
+                continue
+            if isinstance(received.frame, Stats):
+                self._endpoint_stats = endpoint.stats()
+            self._inbox.append(received)
+            news = True
+        if news:
+            if self._idle or self._in_reset:
+                os.eventfd_write(self._to_cpu, 1)
+            signal.pthread_kill(self._cpu_thread, signal.SIGALRM)
+        while self._outbox:
+            to, frame = self._outbox.popleft()
+            if to is None:
+                endpoint.send(self.config.launcher, frame)
+            else:
+                endpoint.reply(to, frame)
+
+
+def run(config: dict[str, Any]) -> None:
+    """Entry point of the process."""
+    logging.basicConfig(level=config.get("log_level", "warning").upper(), format="%(levelname)s: %(message)s")
+    node = Node(msgspec.convert(config, NodeConfig))
+    try:
+        node.run()
+    except Exception as error:
+        node.fail(error)
+        os._exit(1)  # no interpreter shutdown: its memory is full of views at fixed addresses
+    os._exit(0)

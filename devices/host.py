@@ -67,6 +67,7 @@ class Host:
             self._endpoint.connect(peer)
         self._trace = 0
         self._stopping = False
+        self._turns = 0
         self._channels = cls.CHANNELS
         self._backends: dict[str, BackEnd] = {
             channel.sends: self._back_end(getattr(settings, channel.setting)) for channel in cls.CHANNELS
@@ -133,6 +134,7 @@ class Host:
     # --- inside -------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
+        self._turns += 1
         back_ends = self._backends.values()
         read_fds = [self._wake.fileno(), *(fd for b in back_ends for fd in b.read_fds())]
         write_fds = [fd for b in back_ends for fd in b.write_fds()]
@@ -170,7 +172,8 @@ class Host:
             self._stopping = True
             return
         if isinstance(frame, Stats):
-            answer = StatsReply({**self._endpoint.stats(), "cpu_ns": time.process_time_ns()})
+            mine = {"cpu_ns": time.process_time_ns(), "turns": self._turns}
+            answer = StatsReply({**self._endpoint.stats(), **mine})
         else:
             self._trace = received.header.trace
             answer = self._slot.handle(frame)

@@ -87,6 +87,18 @@ class _Lines:
         return cls({irq: set(sources) for irq, sources in plain})
 
 
+@dataclass(slots=True)
+class _Output:
+    """An effect: bytes for the host side."""
+
+    outside: Outside
+    channel: str
+    data: bytearray
+
+    def __call__(self) -> None:
+        self.outside.output(self.channel, bytes(self.data))
+
+
 class Slot:
     """Implements devices.base.Wiring for `device`."""
 
@@ -131,7 +143,11 @@ class Slot:
                 self._effects.append(lambda: self._outside.to_controllers(frame))
 
     def send(self, channel: str, data: bytes) -> None:
-        self._effects.append(lambda: self._outside.output(channel, data))
+        last = self._effects[-1] if self._effects else None
+        if isinstance(last, _Output) and last.channel == channel:
+            last.data += data  # the bytes of one batch leave in one piece
+        else:
+            self._effects.append(_Output(self._outside, channel, bytearray(data)))
 
     def set_timer(self, name: str, deadline_ns: int | None) -> None:
         if deadline_ns is None:

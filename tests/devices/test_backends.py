@@ -68,9 +68,13 @@ def test_the_scroll_back_is_bounded_and_keeps_the_end(path: Path, console: Conso
         console.write(f"{i:0999}\n".encode())
     with attach(path) as client:
         turn(console)
+        collected: list[bytes] = []
+        reader = threading.Thread(target=lambda: collected.append(receive(client, SCROLL_BACK)))
+        reader.start()
         while console.write_fds():
-            threading.Thread(target=turn, args=(console,)).start()
-            data = receive(client, SCROLL_BACK)
+            turn(console)
+        reader.join()
+        (data,) = collected
         assert len(data) == SCROLL_BACK
         assert data.endswith(f"{3 * SCROLL_BACK // 1000 - 1:0999}\n".encode())
 

@@ -101,7 +101,7 @@ def test_strings() -> None:
     rig.slot.receive("in", b"hello")
     assert rig.slot.handle(StringIn("regs", 2, 1, 7)) == StringInReply(b"hello\0\0")
     assert rig.slot.handle(StringOut("regs", 1, 1, b"abc")) == StringOutReply()
-    assert [e for e in rig.took() if isinstance(e, tuple)] == [("out", b"a"), ("out", b"b"), ("out", b"c")]
+    assert rig.took()[-1] == ("out", b"abc")
     assert rig.slot.handle(StringIn("window", 0, 4, 2)) == StringInReply(bytes.fromhex("0000341200003412"))
 
 

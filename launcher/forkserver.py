@@ -153,7 +153,7 @@ def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
     close_other_descriptors(sock.fileno())
     os.setsid()  # a Ctrl-C at the terminal is for the launcher to act on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _set_title("backplane: fork server", "forkserver")
+    set_title("backplane: fork server", "forkserver")
     for module in preload:
         try:
             importlib.import_module(module)
@@ -171,6 +171,8 @@ def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
                 received = wire.receive_record(sock)
                 if received is None:
                     return
+                if not children:  # the first: now we know whose fork server this is
+                    set_title(f"backplane {received[0]['config']['machine']}: fork server", "forkserver")
                 pid, pidfd = _fork_child(received[0])
                 children[pidfd] = (pid, received[0]["node"])
                 poll.register(pidfd, select.POLLIN)
@@ -197,7 +199,7 @@ def _run_child(parent: int, request: dict[str, Any]) -> None:
     close_other_descriptors()
     os.setsid()
     redirect_standard(request["log"])
-    _set_title(request["title"], request["node"])
+    set_title(request["title"], request["node"])
     if request["host_cpus"]:
         os.sched_setaffinity(0, request["host_cpus"])
     module, _, function = request["entry"].rpartition(".")
@@ -242,7 +244,8 @@ def redirect_standard(log: str | Path) -> None:
     os.close(out)
 
 
-def _set_title(title: str, thread_name: str) -> None:
+def set_title(title: str, thread_name: str) -> None:
+    """What `ps` shows, and what `top` and /proc/<pid>/comm show."""
     from setproctitle import setproctitle
 
     setproctitle(title)

@@ -227,11 +227,15 @@ def _running(name: str | None) -> Path:
 
 def _version() -> int:
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     from bus.frames import PROTOCOL_VERSION
 
-    print(f"backplane {version('backplane')}, bus protocol {PROTOCOL_VERSION}, ", end="")
+    try:
+        backplane = version("backplane")
+    except PackageNotFoundError:
+        backplane = "(not installed)"
+    print(f"backplane {backplane}, bus protocol {PROTOCOL_VERSION}, ", end="")
     print(f"Python {platform.python_version()}, Linux {platform.release()}")
     return EXIT_OK
 

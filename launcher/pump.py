@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.console import HOW_TO_LEAVE, KeyFilter, TextWatch
-from launcher.forkserver import close_other_descriptors, redirect_standard, run_and_exit
-from launcher.process_unsafe import set_thread_name
+from launcher.forkserver import close_other_descriptors, redirect_standard, run_and_exit, set_title
 from launcher.terminal import SANE, Terminal
 from memory_node import wire
 
@@ -138,7 +137,7 @@ class _PumpProcess:
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         if not self._options.show:
             redirect_standard(os.devnull)
-        set_thread_name("console")
+        set_title("backplane: console", "console")
         try:
             while not (self._finishing and self._console is None):
                 self._turn()
@@ -191,6 +190,7 @@ class _PumpProcess:
             self._tell({"op": "failed", "error": f"{path.name}: {e.strerror}"})
             return
         console.setblocking(False)
+        set_title(f"backplane {path.parent.name}: console", "console")
         self._console = console
         if self._terminal is not None:
             self._say(HOW_TO_LEAVE)

@@ -99,8 +99,10 @@ def obituary(node: str, process: Process, status: int | None) -> str:
     if process.last_frame:
         ago_s = (time.monotonic_ns() - process.last_frame_ns) / 1e9
         parts.append(f"its last frame to the launcher was {process.last_frame}, {ago_s:.1f} s before")
-    if last := process.last_words or last_line(process.log):
-        parts.append(f"its last words: {last}")
+    if process.last_words:
+        parts.append(process.last_words)
+    elif last := last_line(process.log):
+        parts.append(f"its log ends: {last}")
     return "; ".join(parts)
 
 

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.control import ask
+from launcher.rundir import CONTROL
+
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36
 PATIENCE_S = 60.0  # a bound on hanging, not an expectation
@@ -35,10 +38,11 @@ name = "pic"
 type = "pic8259"
 ports = { master = 0x20, slave = 0xa0, elcr = 0x4d0 }
 """
-GUEST = ".intel_syntax noprefix\n.code32\n.globl _start\n_start:\nhlt\n"
 
 
-def machine_text(machine: str = 'name = "fake"\nmemory = "16M"', boot: str | None = None, rest: str = "") -> str:
+def machine_text(
+    machine: str = 'name = "fake"\nmemory = "16M"', boot: str | None = None, rest: str = ""
+) -> str:
     boot = f'kind = "asm"\nsource = "{ROOT}/machines/hello/hello.S"' if boot is None else boot
     return f"[machine]\n{machine}\n[boot]\n{boot}\n{rest}\n{DEVICES}"
 
@@ -91,6 +95,18 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {PATIENCE_S:g} s")
         time.sleep(0.005)
+
+
+def wait_running(run_dir: Path) -> None:
+    """Until all processes of the machine are ready."""
+
+    def running() -> bool:
+        if not (run_dir / CONTROL).exists():
+            return False
+        rows = ask(run_dir / CONTROL, "ps", run_dir.name)["rows"]
+        return not any("starting" in row["state"] for row in rows)
+
+    wait_until(running, f"{run_dir.name} runs")
 
 
 @dataclass

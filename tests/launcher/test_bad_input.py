@@ -18,16 +18,25 @@ EXTRA = '[[device]]\nname = "extra"\n'
 UART = 'type = "uart16550"\nports = { regs = 0x2f8 }\n'
 
 CASES = {
-    "unknown key": (machine_text('name = "a"\nmemroy = "16M"'), "machine.memroy: unknown key; did you mean 'memory'?"),
+    "unknown key": (
+        machine_text('name = "a"\nmemroy = "16M"'),
+        "machine.memroy: unknown key; did you mean 'memory'?",
+    ),
     "unknown table": (machine_text(rest="[cpus]\n"), "cpus: unknown key; did you mean 'cpu'?"),
-    "wrong type": (machine_text(rest="[cpu]\napic = 1\n"), "cpu.apic: is of type int; write a value of type bool"),
+    "wrong type": (
+        machine_text(rest="[cpu]\napic = 1\n"),
+        "cpu.apic: is of type int; write a value of type bool",
+    ),
     "wrong choice": (
         machine_text('name = "a"\nmemory = "16M"\non_reset = "explode"'),
         """machine.on_reset: 'explode' is not allowed here; write "restart" or "stop\"""",
     ),
     "missing key": (machine_text('memory = "16M"'), "machine.name: is missing; add it"),
     "not TOML": ("[machine\n", "is not valid TOML"),
-    "bad machine name": (machine_text('name = "a/b"\nmemory = "16M"'), "machine.name: 'a/b' cannot name a machine"),
+    "bad machine name": (
+        machine_text('name = "a/b"\nmemory = "16M"'),
+        "machine.name: 'a/b' cannot name a machine",
+    ),
     "bad size": (machine_text('name = "a"\nmemory = "16X"'), "machine.memory: '16X' is no size"),
     "memory not in pages": (machine_text('name = "a"\nmemory = 16777217'), "not a multiple of 4 KiB"),
     "memory too small": (machine_text('name = "a"\nmemory = "8M"'), "less than 16 MiB"),
@@ -36,7 +45,10 @@ CASES = {
     "no bzImage": (machine_text(boot='kind = "linux"\nkernel = "machine.toml"'), "machine.toml"),
     "missing source": (machine_text(boot='kind = "asm"\nsource = "nothing.S"'), "nothing.S"),
     "unknown kind of boot": (machine_text(boot='kind = "floppy"'), "boot.kind: 'floppy' is not allowed here"),
-    "unknown device type": (machine_text(rest=EXTRA + 'type = "uart"'), "device[0].type: unknown device type 'uart'"),
+    "unknown device type": (
+        machine_text(rest=EXTRA + 'type = "uart"'),
+        "device[0].type: unknown device type 'uart'",
+    ),
     "unknown region": (
         machine_text(rest=EXTRA + 'type = "uart16550"\nports = { rges = 1 }'),
         "device[0].ports: uart16550 has no 'rges': it has regs",
@@ -83,13 +95,25 @@ CASES = {
         machine_text('name = "a"\nmemory = "16M"\nconsole = "pic"'),
         "machine.console: 'pic' has no console back end, these have: uart0",
     ),
-    "missing device file": (machine_text(rest=EXTRA + 'type = "mydev.py:MyDevice"'), "mydev.py: there is no such file"),
-    "device file that raises": (machine_text(rest=EXTRA + 'type = "raises.py:A"'), "does not import: KeyError: 'x'"),
-    "device file that exits": (machine_text(rest=EXTRA + 'type = "exits.py:A"'), "does not import: SystemExit: 0"),
+    "missing device file": (
+        machine_text(rest=EXTRA + 'type = "mydev.py:MyDevice"'),
+        "mydev.py: there is no such file",
+    ),
+    "device file that raises": (
+        machine_text(rest=EXTRA + 'type = "raises.py:A"'),
+        "does not import: KeyError: 'x'",
+    ),
+    "device file that exits": (
+        machine_text(rest=EXTRA + 'type = "exits.py:A"'),
+        "does not import: SystemExit: 0",
+    ),
     "device file of nonsense": (machine_text(rest=EXTRA + 'type = "nonsense.py:A"'), "A is not a subclass"),
     "device without its class": (machine_text(rest=EXTRA + 'type = "nonsense.py:B"'), "no class B"),
     "device that declares nonsense": (machine_text(rest=EXTRA + 'type = "declares.py:D"'), "PORTS is"),
-    "host core that is not there": (machine_text(rest="[cpu]\nhost_cpu = 4096\n"), "this host has no core 4096"),
+    "host core that is not there": (
+        machine_text(rest="[cpu]\nhost_cpu = 4096\n"),
+        "this host has no core 4096",
+    ),
     "memory file in no folder": (
         machine_text(rest='[memory]\nfile = "nowhere/ram.img"\n'),
         "memory.file: ",
@@ -99,12 +123,14 @@ CASES = {
         "it is something else",
     ),
     "no interrupt controller": (
-        machine_text(rest="[cpu]\napic = false\n").replace("pic8259", "postcode").replace(
+        machine_text(rest="[cpu]\napic = false\n")
+        .replace("pic8259", "postcode")
+        .replace(
             "ports = { master = 0x20, slave = 0xa0, elcr = 0x4d0 }", "ports = { post = 0x80, debug = 0xe9 }"
         ),
         "no interrupt could reach the CPU",
     ),
-}  # fmt: skip
+}
 
 DEVICE_FILES = {
     "raises.py": "{}['x']\n",
@@ -187,10 +213,10 @@ GOOD_HOST = HostFacts("x86_64", 0x2, 64 * GIB)
     [
         (HostFacts("x86_64", 0x1, 64 * GIB), "no FSGSBASE"),
         (HostFacts("aarch64", 0x2, 64 * GIB), "its CPU is aarch64"),
-        (HostFacts("x86_64", 0x2, 70 << 20), "machine.memory: 16 MiB is beyond what the host has available, 70 MiB"),
+        (HostFacts("x86_64", 0x2, 70 << 20), "16 MiB is beyond what the host has available, 70 MiB"),
     ],
     ids=["FSGSBASE", "architecture", "memory"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("command", ["check", "up"])
 def test_a_host_that_cannot_run_it(
     facts: HostFacts,

@@ -150,8 +150,9 @@ def _adjust_tsc(cpu: Cpu, adjust: int) -> None:
         return
     cpu.tsc_adjust = adjust
     apic = cpu.hooks.apic
-    if apic is not None:
-        apic.set_tsc_deadline(apic.read_tsc_deadline(), tsc(cpu))  # the same TSC value at another time
+    deadline = 0 if apic is None else apic.read_tsc_deadline()
+    if apic is not None and deadline:
+        apic.set_tsc_deadline(deadline, tsc(cpu))  # the same TSC value comes at another time now
     cpu.hooks.mode_changed()
 
 

@@ -186,7 +186,9 @@ class Engine:
                     cpu.eip = d[eip_at]
                 elif reason == at.EXIT_SIMULATE:
                     cpu.eip = d[eip_at]
-                    self.simulator.step()
+                    row = self.simulator.step()
+                    if row.mnemonic == "wrmsr":
+                        d[kick] = 1  # the local APIC's deadline may be another
                     if cpu.pending_debug:
                         self._debug_trap()
                 else:

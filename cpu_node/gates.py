@@ -6,7 +6,7 @@ Left out: the interrupt-redirection bitmap (VME).
 
 from __future__ import annotations
 
-from cpu_node import errors, tasks
+from cpu_node import errors, quick, tasks
 from cpu_node.cpu import CR0_PE, ESP, Cpu
 from cpu_node.descriptor import (
     CS,
@@ -25,12 +25,11 @@ from cpu_node.descriptor import (
     real_mode,
 )
 from cpu_node.errors import GuestFault, TripleFault, general_protection
-from cpu_node.flags import AC, IF, IOPL, NT, OF, RF, TF, VM
+from cpu_node.flags import AC, IF, IOPL, OF, RF, TF, VM
+from cpu_node.quick import CLEARED_BY_INTERRUPT, CLEARED_BY_TRAP
 from cpu_node.segments import mark_accessed, read_descriptor, stack_segment
 from cpu_node.stack import merged_sp, room, write_frame
 
-CLEARED_BY_TRAP = ~(TF | NT | RF | VM)
-CLEARED_BY_INTERRUPT = CLEARED_BY_TRAP & ~IF
 IDT_BIT = 2  # error codes: the index is into the IDT [6.13]
 DR7_GD = 0x2000
 
@@ -95,9 +94,10 @@ def combined(first: int | None, second: GuestFault) -> tuple[int, int | None]:
 def _enter(cpu: Cpu, vector: int, error: int | None, software: bool, external: bool) -> None:
     """One attempt at delivery; raises before changing anything, but for a committed task switch."""
     flags = cpu.registers.get_eflags()
+    rf = RF if vector in SETS_RF and not software and not external else 0
     if not cpu.cr0 & CR0_PE:
         _enter_real_mode(cpu, vector, flags)
-    else:
+    elif flags & VM or not quick.enter(cpu, vector, flags | rf, error, software):
         ext = 0 if software else 1
         offset = vector << 3
         if offset + 7 > cpu.idt_limit:
@@ -107,12 +107,10 @@ def _enter(cpu: Cpu, vector: int, error: int | None, software: bool, external: b
             raise GuestFault(errors.GP, offset | IDT_BIT | ext)
         if not entry.present:
             raise GuestFault(errors.NP, offset | IDT_BIT | ext)
-        if vector in SETS_RF and not software and not external:
-            flags |= RF
         if entry.type == TASK_GATE:
-            tasks.enter_gate(cpu, entry.selector, flags, error, ext)
+            tasks.enter_gate(cpu, entry.selector, flags | rf, error, ext)
         else:
-            _enter_handler(cpu, entry, flags, error, ext)
+            _enter_handler(cpu, entry, flags | rf, error, ext)
     cpu.halted = False
     cpu.inhibit_interrupts = False
     if vector == errors.NMI and external:

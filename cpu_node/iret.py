@@ -6,7 +6,7 @@ Left out: VME (VIF instead of IF in virtual-8086 mode with IOPL < 3).
 
 from __future__ import annotations
 
-from cpu_node import descriptor, tasks
+from cpu_node import descriptor, quick, tasks
 from cpu_node.cpu import CR0_PE, ESP, Cpu
 from cpu_node.descriptor import CS, DS, ES, FS, GS, SELECTOR_RPL, SS
 from cpu_node.errors import TS, general_protection
@@ -14,9 +14,6 @@ from cpu_node.far import return_outward, return_segment, switch_task
 from cpu_node.flags import AC, DEFINED, DF, FIXED, ID, IF, IOPL, IOPL_SHIFT, NT, RF, STATUS, TF, VIF, VIP, VM
 from cpu_node.segments import mark_accessed
 from cpu_node.stack import merged_sp, peek, read_frame, release
-
-PAGE_MASK = 0xFFF
-OUTER_FRAME = 20  # bytes: EIP, CS, EFLAGS, ESP, SS
 
 
 def iret(cpu: Cpu, size: int) -> None:
@@ -28,7 +25,7 @@ def iret(cpu: Cpu, size: int) -> None:
         selector = cpu.memory.read16(cpu.tr.base)
         va, raw = tasks.tss_descriptor(cpu, selector, tasks.TSS_BUSY, TS)
         switch_task(cpu, selector, va, raw, tasks.Reason.RETURN)
-    else:
+    elif size != 4 or not quick.leave(cpu, flags):
         _protected(cpu, flags, size)
     cpu.nmi_blocked = False
 
@@ -36,14 +33,7 @@ def iret(cpu: Cpu, size: int) -> None:
 def _protected(cpu: Cpu, flags: int, size: int) -> None:
     stack, esp, cpl = cpu.seg[SS], cpu.regs[ESP], cpu.cpl
     memory = cpu.memory
-    if size == 4 and stack.flat and esp & PAGE_MASK <= PAGE_MASK + 1 - OUTER_FRAME:
-        # All five words are in one page: where three can be read, five can.
-        eip, selector, image, new_esp, stack_selector = memory.read32s(esp, 5, cpl == 3)
-        have_outer = True
-    else:
-        eip, selector, image = read_frame(memory, stack, esp, 3, size, cpl == 3)
-        new_esp = stack_selector = 0
-        have_outer = False
+    eip, selector, image = read_frame(memory, stack, esp, 3, size, cpl == 3)
     if size == 4 and image & VM and cpl == 0:
         _to_virtual8086(cpu)
         return
@@ -58,8 +48,7 @@ def _protected(cpu: Cpu, flags: int, size: int) -> None:
         cpu.registers.set_eflags(_merged(flags, image, cpl, size))
         cpu.set_segment(CS, code)
         return
-    if not have_outer:
-        new_esp, stack_selector = read_frame(memory, stack, esp + 3 * size, 2, size, cpl == 3)
+    new_esp, stack_selector = read_frame(memory, stack, esp + 3 * size, 2, size, cpl == 3)
     return_outward(cpu, code, va, eip, stack_selector & 0xFFFF, new_esp, 0)
     cpu.eip = eip
     cpu.registers.set_eflags(_merged(flags, image, cpl, size))

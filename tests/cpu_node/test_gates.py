@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpu_node import gates
+from cpu_node import gates, quick
 from cpu_node.cpu import CR0_TS, EBP, ESP
 from cpu_node.descriptor import (
     BUSY_RAW,
@@ -59,8 +59,10 @@ V = 0x30  # an ordinary vector
 EIP = 0x0010_0000
 
 
-@pytest.fixture
-def m() -> Machine:
+@pytest.fixture(params=["quick", "full"])
+def m(request, monkeypatch) -> Machine:
+    if request.param == "full":
+        monkeypatch.setattr(quick, "enter", lambda *args: False)
     return Machine()
 
 

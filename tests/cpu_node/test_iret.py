@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpu_node import gates
+from cpu_node import gates, quick
 from cpu_node.cpu import ESP
 from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, pack, parse
 from cpu_node.errors import GP, NP, PF
@@ -34,8 +34,10 @@ TARGET = 0x0020_0000
 ALL = FIXED | CF | OF | DF | TF | IF | IOPL | RF | AC | VIF | VIP | ID
 
 
-@pytest.fixture
-def m() -> Machine:
+@pytest.fixture(params=["quick", "full"])
+def m(request, monkeypatch) -> Machine:
+    if request.param == "full":
+        monkeypatch.setattr(quick, "leave", lambda *args: False)
     return Machine()
 
 

@@ -58,7 +58,7 @@ RULES = f"""\
   waiting, when the oldest is {asking.BATCH_AGE_NS // 1_000_000} ms old, and at once for registers declared
   prompt. A string access carries up to {io.STRING_BYTES // 1024} KiB.
 - At most {link.HIGH_WATER} frames wait per direction and pair; then the sender waits.
-- A node that ends lets frames leave for up to {endpoint.LINGER_MS // 1000} s."""
+- A node that ends lets frames leave for up to {endpoint.LINGER_MS} ms."""
 
 
 def _header_table() -> str:

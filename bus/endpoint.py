@@ -23,7 +23,7 @@ from bus.link import dial, make_socket, socket_path
 from bus.stream import Stream, id_source
 
 FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
-LINGER_MS = 1000  # how long close() waits for what was sent to leave
+LINGER_MS = 300  # how long close() waits for what was sent to leave
 NEVER_NS = 1 << 62
 NAMES = "latin-1"  # any identity survives the round trip, node names are ASCII
 EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # the enumerations cost a microsecond per look

@@ -19,16 +19,30 @@ SELECTORS = st.sampled_from(
 )
 RIGHTS = st.sampled_from(
     [0xC09B, 0xC0BB, 0xC0FB, 0xC09A, 0xC09F, 0xC01B, 0xC093, 0xC0B3, 0xC0F3,
-     0xC092, 0x0093, 0xC097, 0xC013, 0x8B, 0xC090]  # fmt: skip
+     0xC092, 0x0093, 0xC097, 0xC013, 0x8B, 0xC090]
 )
 DESCRIPTORS = st.builds(pack, st.sampled_from([0, 0x1000]), st.sampled_from([0xFFFFF, 0x8, 0x0]), RIGHTS)
+
+
+def mostly(good, strategy):
+    """`good` three times in four, so that most cases have one or two things wrong."""
+    return st.one_of(st.just(good), st.just(good), st.just(good), strategy)
+
+
 GATES = st.builds(
-    pack_gate, st.sampled_from([INTERRUPT_GATE32, TRAP_GATE32, 6, 7, 12, 0]), SELECTORS,
-    st.sampled_from([HANDLER, 0x9000]), dpl=st.sampled_from([0, 3]), present=st.booleans(),
-)  # fmt: skip
+    pack_gate,
+    mostly(INTERRUPT_GATE32, st.sampled_from([TRAP_GATE32, 6, 7, 12, 0])),
+    mostly(CODE0, SELECTORS),
+    mostly(HANDLER, st.just(0x9000)),
+    dpl=mostly(3, st.just(0)),
+    present=mostly(True, st.just(False)),
+)
 FLAGS = st.integers(0, 0xFFFF).map(lambda v: v & (IOPL | IF | TF | DF | 0x8D5) | FIXED)
-STACK_TOPS = st.sampled_from([0, 4, 8, 0x9000, 0x9010, 0x9FF0, 0xA00C, 0x10000])
-PAGES = st.sets(st.sampled_from([1, 2, 4, 8, 9, 10]), max_size=1)
+STACK_TOPS = mostly(0x9000, st.sampled_from([0, 4, 8, 0x9010, 0x9FF0, 0xA00C, 0x10000]))
+PAGES = mostly(set(), st.sampled_from([{page} for page in (1, 2, 4, 8, 9, 10)]))
+GOOD_CODE = pack(0, 0xFFFFF, 0xC0FB)
+GOOD_DATA = pack(0, 0xFFFFF, 0xC0F3)
+CPLS = st.sampled_from([0, 1, 3])
 
 
 def outcome(m, action, *args):
@@ -52,13 +66,19 @@ def both(build, name, action, *args):
 
 @settings(max_examples=400, deadline=None)
 @given(
-    entry=GATES, free=DESCRIPTORS, other=DESCRIPTORS, cpl=st.sampled_from([0, 1, 3]),
-    flags=FLAGS, esp=STACK_TOPS,
-    inner=st.tuples(STACK_TOPS, SELECTORS), error=st.sampled_from([None, 5]), software=st.booleans(),
-    absent=PAGES, supervisor=PAGES,
-)  # fmt: skip
-@example(pack_gate(14, CODE0, HANDLER), 0, 0, 3, FIXED | IF, 0x9000, (0x9000, DATA0), None, False, set(),
-set())
+    entry=GATES,
+    free=mostly(GOOD_CODE, DESCRIPTORS),
+    other=mostly(GOOD_DATA, DESCRIPTORS),
+    cpl=CPLS,
+    flags=FLAGS,
+    esp=STACK_TOPS,
+    inner=st.tuples(STACK_TOPS, mostly(DATA0, SELECTORS)),
+    error=st.sampled_from([None, 5]),
+    software=st.booleans(),
+    absent=PAGES,
+    supervisor=PAGES,
+)
+@example(pack_gate(14, CODE0, HANDLER), 0, 0, 3, FIXED, 0x9000, (0x9000, DATA0), None, False, set(), set())
 def test_delivery(entry, free, other, cpl, flags, esp, inner, error, software, absent, supervisor):
     def build():
         m = Machine()
@@ -79,20 +99,28 @@ def test_delivery(entry, free, other, cpl, flags, esp, inner, error, software, a
 
 @settings(max_examples=400, deadline=None)
 @given(
-    free=DESCRIPTORS, other=DESCRIPTORS, cpl=st.sampled_from([0, 1, 3]), flags=FLAGS, esp=STACK_TOPS,
-    frame=st.tuples(st.sampled_from([HANDLER, 0x10]), SELECTORS, st.integers(0, 0x3FFFFF),
-    STACK_TOPS, SELECTORS),
-    stack=st.one_of(st.none(), DESCRIPTORS), absent=PAGES, supervisor=PAGES, nested=st.booleans(),
-)  # fmt: skip
-@example(0, 0, 0, FIXED, 0x8000, (HANDLER, CODE3, FIXED | IF | AC, 0x9000, DATA3), None, set(), set(), False)
-def test_iret(free, other, cpl, flags, esp, frame, stack, absent, supervisor, nested):
+    free=mostly(GOOD_CODE, DESCRIPTORS),
+    other=mostly(GOOD_DATA, DESCRIPTORS),
+    cpl=CPLS,
+    flags=FLAGS,
+    esp=STACK_TOPS,
+    code=mostly(CODE3, mostly(CODE0, SELECTORS)),
+    frame=st.tuples(mostly(HANDLER, st.just(0x10)), st.integers(0, 0x3FFFFF), STACK_TOPS),
+    outer=mostly(DATA3, SELECTORS),
+    stack=mostly(None, DESCRIPTORS),
+    absent=PAGES,
+    supervisor=PAGES,
+    nested=mostly(False, st.just(True)),
+)
+@example(0, 0, 0, FIXED, 0x8000, CODE3, (HANDLER, FIXED | AC, 0x9000), DATA3, None, set(), set(), False)
+def test_iret(free, other, cpl, flags, esp, code, frame, outer, stack, absent, supervisor, nested):
     def build():
         m = Machine()
         m.describe(FREE, free)
         m.describe(OTHER, other)
         m.ring(cpl)
         m.cpu.regs[ESP] = esp
-        m.memory.write32s(esp, frame)
+        m.memory.write32s(esp, [frame[0], code, frame[1], frame[2], outer])
         if stack is not None:
             m.cpu.seg[SS] = parse(FREE, stack)
         m.cpu.eflags = flags | (NT if nested else 0)

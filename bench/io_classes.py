@@ -97,6 +97,10 @@ def baseline_us(run_dir: str, cores: tuple[int, int]) -> float:
     return us
 
 
+def show(what: str, us: float) -> None:
+    print(f"{what:32} {us:8.2f} us")
+
+
 def start_device(run_dir: str, type_name: str, core: int) -> int:
     pid = os.fork()
     if pid == 0:
@@ -114,7 +118,7 @@ def measure(run_dir: str, type_name: str, cores: tuple[int, int]) -> None:
     os.sched_setaffinity(0, {cores[0]})
     try:
         where = "one core" if cores[0] == cores[1] else "two cores"
-        print(f"{where}: bare ZeroMQ         {baseline_us(run_dir, cores):8.2f} us")
+        show(f"{where}: bare ZeroMQ", baseline_us(run_dir, cores))
         ranges = load_class(type_name).PORTS
         amap = AddressMap()
         amap.add_device("dev", ranges, {"regs": BASE}, 0)
@@ -127,27 +131,17 @@ def measure(run_dir: str, type_name: str, cores: tuple[int, int]) -> None:
         with Endpoint(run_dir, "other") as other:
             other.connect("dev")
             other.request("dev", Ping(), 5_000_000_000)
-            print(
-                f"{where}: synchronous read    {per_call_us(lambda: io.port_read(BASE, 1), 20, 200):8.2f} us"
-            )
-            stats = io.stats()
-            p50, p99 = stats["latency_p50_ns"] / 1e3, stats["latency_p99_ns"] / 1e3
-            print(f"{where}:   its p50 and p99   {p50:8.2f} {p99:.2f} us")
+            show(f"{where}: synchronous read", per_call_us(lambda: io.port_read(BASE, 1), 20, 200))
+            show(f"{where}:   its p50 over all", io.stats()["latency_p50_ns"] / 1000)
             ping = per_call_us(lambda: other.request("dev", Ping(), 5_000_000_000), 20, 200)
-            print(f"{where}: Endpoint.request    {ping:8.2f} us")
-            insb = per_call_us(lambda: io.port_in_string(BASE, 1, 512), 10, 100)
-            print(f"{where}: rep insb of 512     {insb:8.2f} us")
-            posted = per_call_us(lambda: io.port_write(BASE + 1, 1, 7), 640, 50)
-            print(f"{where}: posted write        {posted:8.2f} us, with its share of the batches")
+            show(f"{where}: Endpoint.request", ping)
+            show(f"{where}: rep insb of 512", per_call_us(lambda: io.port_in_string(BASE, 1, 512), 10, 100))
+            show(f"{where}: posted write, sent", per_call_us(lambda: io.port_write(BASE + 1, 1, 7), 640, 50))
             io.port_read(BASE, 1)
         if cores[0] == cores[1]:
-            print(
-                f"mirrored byte           {per_call_us(lambda: io.port_read(BASE + 2, 1), 1000, 50):8.2f} us"
-            )
-            print(
-                f"mirrored 32-bit counter {per_call_us(lambda: io.port_read(BASE + 4, 4), 1000, 50):8.2f} us"
-            )
-            print(f"open-bus read           {per_call_us(lambda: io.port_read(0x80, 1), 1000, 50):8.2f} us")
+            show("mirrored byte", per_call_us(lambda: io.port_read(BASE + 2, 1), 1000, 50))
+            show("mirrored 32-bit counter", per_call_us(lambda: io.port_read(BASE + 4, 4), 1000, 50))
+            show("open-bus read", per_call_us(lambda: io.port_read(0x80, 1), 1000, 50))
             io.port_write(BASE + 1, 1, 7)
             target = io._targets["dev"]
 
@@ -156,7 +150,7 @@ def measure(run_dir: str, type_name: str, cores: tuple[int, int]) -> None:
                     del target.batch[1:]
                 io.port_write(BASE + 1, 1, 7)
 
-            print(f"posted write, no send   {per_call_us(post_and_forget, 1000, 50):8.2f} us")
+            show("posted write, queueing alone", per_call_us(post_and_forget, 1000, 50))
         io.close()
     finally:
         os.kill(pid, signal.SIGTERM)

@@ -24,6 +24,8 @@ from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
 from tests.insn.state import (
     FX_SIZE,
+    FX_XMM,
+    FX_XMM_COUNT,
     GENERAL_PROTECTION,
     HLT,
     PAGE_FAULT,
@@ -33,7 +35,7 @@ from tests.insn.state import (
     Case,
     CpuState,
     Stop,
-)  # fmt: skip
+)
 
 CODE_SELECTOR, DATA_SELECTOR = 0x23, 0x2B
 
@@ -62,13 +64,14 @@ HANDLER, RESTORER, RECORD, ALT_STACK, REGION_SIZE = 0x400, 0x600, 0x1000, 0x1000
 ALT_STACK_SIZE = REGION_SIZE - ALT_STACK
 
 # Offsets in the record.
-HOST_RSP, HOST_FS, HOST_GS, SIGNAL, SIGINFO, UCONTEXT, TICKS = 0, 8, 0x10, 0x18, 0x20, 0x28, 0x30
+HOST_RSP, HOST_FS, HOST_GS, SIGNAL, TICKS = 0, 8, 0x10, 0x18, 0x20
 REGS, EFLAGS, FAR_POINTER, FX = 0x40, 0x80, 0x88, 0x200
+FRAME, FRAME_FX = 0x400, 0x600  # what the frame said
+FX_USED = FX_XMM + 16 * FX_XMM_COUNT  # further on: XMM8 and up, and the kernel's notes
 
 # Offsets in the kernel's ucontext: r8 at 40, then as in sigcontext.h.
 UC_RDI, UC_CS, UC_FPSTATE = 104, 184, 224
 UC_FORMAT = "<8Q 2Q 4H 4Q"  # rdi rsi rbp rbx rdx rax rcx rsp, rip eflags, cs gs fs ss, err trapno oldmask cr2
-SI_ADDR = 16
 
 SAVED = ("rbx", "rbp", "r12", "r13", "r14", "r15")
 
@@ -98,7 +101,8 @@ ENTER = f"""
     mov eax, dword ptr [rax + {REGS}]
 """  # the far jump follows, see _assemble
 
-# rdi = signal, rsi = siginfo, rdx = ucontext.  A fault of the process itself ends it with status 139.
+# rdi = signal, rdx = ucontext.  The frame is copied while RSP is still on the alternate stack: afterwards a
+# tick may overwrite it.  A fault of the process itself ends it with status 139.
 HANDLE = f"""
     movabs rax, {REGION + RECORD}
     cmp edi, {int(TICK_SIGNAL)}
@@ -107,8 +111,14 @@ HANDLE = f"""
     jne crash
 stop:
     mov qword ptr [rax + {SIGNAL}], rdi
-    mov qword ptr [rax + {SIGINFO}], rsi
-    mov qword ptr [rax + {UCONTEXT}], rdx
+    lea rsi, [rdx + {UC_RDI}]
+    lea rdi, [rax + {FRAME}]
+    mov ecx, {struct.calcsize(UC_FORMAT) // 8}
+    rep movsq
+    mov rsi, qword ptr [rdx + {UC_FPSTATE}]
+    lea rdi, [rax + {FRAME_FX}]
+    mov ecx, {FX_SIZE // 8}
+    rep movsq
     xor ecx, ecx
     mov fs, ecx
     mov gs, ecx
@@ -247,12 +257,10 @@ class NativeRunner:
         _check(libc.mprotect(va, PAGE_SIZE, prot) == 0, "mprotect")
 
     def _outcome(self, case: Case) -> CpuState:
-        number, _siginfo, ucontext = struct.unpack_from("<3Q", self._record, SIGNAL)
-        frame = ctypes.string_at(ucontext, UC_FPSTATE + 8)
+        (number,) = struct.unpack_from("<Q", self._record, SIGNAL)
         edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, _cs, _gs, _fs, _ss, error, vector, _mask, cr2 = (
-            struct.unpack_from(UC_FORMAT, frame, UC_RDI)
+            struct.unpack_from(UC_FORMAT, self._record, FRAME)
         )
-        (fpstate,) = struct.unpack_from("<Q", frame, UC_FPSTATE)
         changed = {}
         for page in case.pages:
             data = ctypes.string_at(page.va, PAGE_SIZE)
@@ -272,7 +280,7 @@ class NativeRunner:
             eip & 0xFFFFFFFF,
             tuple(r & 0xFFFFFFFF for r in (eax, ecx, edx, ebx, esp, ebp, esi, edi)),
             eflags & ~RF,
-            ctypes.string_at(fpstate, FX_SIZE),
+            self._record[FRAME_FX : FRAME_FX + FX_USED].ljust(FX_SIZE, b"\0"),
             changed,
         )
 

@@ -37,6 +37,7 @@ from tests.insn.worker import NATIVE, Worker
 
 CODE, DATA = 0x20000000, 0x30000000
 READ_ONLY, ABSENT = DATA + PAGE_SIZE, DATA + 2 * PAGE_SIZE
+DEFAULT_FX = fx_image()
 ONE, TWO = struct.pack("<QH", 1 << 63, 0x3FFF), struct.pack("<QH", 1 << 63, 0x4000)
 
 
@@ -46,8 +47,8 @@ def native() -> Iterator[Worker]:
         yield worker
 
 
-def make(code: str, eflags: int = 0, fx: bytes = fx_image(), data: bytes = b"", **regs: int) -> Case:
-    """A code page, a writable page that starts with `data`, a read-only page of 55h, nothing after it."""
+def make(code: str, eflags: int = 0, fx: bytes = DEFAULT_FX, **regs: int) -> Case:
+    """A code page, a writable page of zeros, a read-only page of 55h, nothing after it."""
     raw = bytes.fromhex(code)
     return Case(
         eip=CODE,
@@ -56,7 +57,7 @@ def make(code: str, eflags: int = 0, fx: bytes = fx_image(), data: bytes = b"", 
         fx=fx,
         pages=(
             Page(CODE, raw.ljust(PAGE_SIZE, b"\xf4"), False),
-            Page(DATA, data.ljust(PAGE_SIZE, b"\0"), True),
+            Page(DATA, bytes(PAGE_SIZE), True),
             Page(READ_ONLY, b"\x55" * PAGE_SIZE, False),
         ),
         code_length=len(raw),
@@ -73,9 +74,9 @@ def test_add_sets_registers_and_flags(native: Worker) -> None:
 
 def test_initial_flags_and_all_registers_arrive(native: Worker) -> None:
     flags = CF | PF | SF | OF | DF
-    values = {name: 0x11111111 * (i + 1) for i, name in enumerate(REG_NAMES)}
-    state = native.run(make("", eflags=flags, **values))
-    assert state.regs == tuple(values.values())
+    values = tuple(0x11111111 * (i + 1) for i in range(8))
+    state = native.run(replace(make("", eflags=flags), regs=values))
+    assert state.regs == values
     assert state.eflags & (STATUS_FLAGS | DF) == flags
 
 
@@ -99,14 +100,13 @@ def test_memory_is_written_and_only_changed_pages_come_back(native: Worker) -> N
         ("a3 fe 0f 00 30", {}, Stop("fault", 14, 7, READ_ONLY)),
         ("fa", {}, Stop("fault", 13, 0)),  # cli at CPL 3
         ("0f 28 05 08 00 00 30", {}, Stop("fault", 13, 0)),  # movaps, not aligned
-        ("0f 5e c1", {"unmask": 1}, Stop("fault", 19)),  # divps 0/0 with exceptions unmasked
+        ("0f ae 15 00 00 00 30 0f 5e c1", {}, Stop("fault", 19)),  # ldmxcsr 0; divps 0/0
         ("cd 80", {}, Stop("syscall")),
         ("eb fe", {}, Stop("hung")),
     ],
 )
 def test_stops(native: Worker, code: str, regs: dict[str, int], stop: Stop) -> None:
-    fx = fx_image(mxcsr=0) if regs.pop("unmask", 0) else fx_image()
-    assert native.run(make(code, fx=fx, **regs)).stop == stop
+    assert native.run(make(code, **regs)).stop == stop
 
 
 def test_a_fault_leaves_eip_at_the_instruction_and_a_trap_behind_it(native: Worker) -> None:

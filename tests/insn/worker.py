@@ -56,6 +56,10 @@ def _receive(stream: IO[bytes]) -> object:
     return pickle.loads(data)
 
 
+class WorkerError(Exception):
+    """The process cannot run anything."""
+
+
 class Worker:
     """Cases in, outcomes out, whatever a case does to the process.  Use as a context manager."""
 
@@ -74,26 +78,37 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return 0
-        process.kill()
+        if process.poll() is None:
+            process.kill()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):  # what was still buffered for a dead process
                     stream.close()
         return process.wait()
 
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.insn.worker", self._kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        assert process.stdout is not None
+        try:
+            _receive(process.stdout)
+        except EOFError:
+            status = process.wait()
+            self._end()
+            raise WorkerError(f"the {self._kind} worker did not start: status {status}") from None
+        return process
+
     def send(self, cases: Sequence[Case]) -> None:
         """Starts on the cases; `receive` must follow before the next send."""
         self._waiting = list(cases)
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.insn.worker", self._kind],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=ROOT,
-            )
-        assert self._process.stdin is not None
+        process = self._process or self._start()
+        assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # receive() finds out
-            _send(self._process.stdin, self._waiting)
+            _send(process.stdin, self._waiting)
 
     def receive(self, deadline_seconds: float = ANSWER_SECONDS) -> list[CpuState]:
         """The outcomes of the cases sent.  A case that ends the process has stop kind "crashed", one that
@@ -137,6 +152,7 @@ def serve(kind: str) -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a print must not garble the answers
     runner = make_runner(kind)
+    _send(answers, "ready")
     while True:
         try:
             cases = _receive(requests)

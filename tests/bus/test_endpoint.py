@@ -29,7 +29,7 @@ from bus.frames import (
     Stats,
 )
 from bus.io import DeviceGone, IoClient
-from bus.link import PATH_MAX, BadRunDir, dial, socket_path
+from bus.link import HIGH_WATER, PATH_MAX, BadRunDir, dial, socket_path
 from bus.ranges import PortRange
 
 LONG_NS = 20_000_000_000
@@ -310,3 +310,25 @@ def test_the_io_client_waits_no_longer_than_its_deadline(run_dir: Path) -> None:
     with pytest.raises(DeviceGone, match="dev has not answered Read"):
         io.port_read(0x302, 1)
     io.close()
+
+
+def test_a_device_that_takes_no_more_holds_the_writer_up_and_loses_nothing(run_dir: Path) -> None:
+    with Endpoint(run_dir, "dev") as dev:
+        dev.bind()  # and never receives, as if it were stopped
+        io = make_io(run_dir, 30_000_000)
+        posted = 0
+
+        def post_on_and_on() -> None:
+            nonlocal posted
+            while posted < 100 * HIGH_WATER:
+                io.port_write(0x301, 1, posted & 0xFF)
+                io.flush()
+                posted += 1
+
+        with pytest.raises(DeviceGone, match="dev has not answered PostedBatch"):
+            post_on_and_on()
+        assert posted >= HIGH_WATER
+        got = [r.frame for r in collect(dev, posted)]
+        assert got == [PostedBatch((("regs", 1, 1, i & 0xFF),)) for i in range(posted)]
+        assert (dev.counters.lost, dev.counters.duplicated) == (0, 0)
+        io.close()

@@ -28,7 +28,7 @@ def test_the_hello_guest_ticks_echoes_and_powers_off(tmp_path: Path) -> None:
     program = assemble(file.read_text().replace(constant, f"SLP_TYP_S5 = {QEMU_S5_SLP_TYP}"), file)
     images = [(pa, program if pa == PROGRAM_PA else image) for pa, image in plan.images]
     said = qemu_plan.run(
-        dataclasses.replace(plan, images=images), tmp_path, 16, answer=(b"powers off", b"ab\rq")
+        dataclasses.replace(plan, images=images), tmp_path, 16, answer=(b"powers off.\r\n", b"ab\rq")
     )
     assert "Hello from a PC made of processes.\r\n" in said
     for number in range(1, 6):

@@ -24,10 +24,11 @@ import msgspec
 
 from bus.endpoint import Endpoint, Received
 from bus.frames import ApicMessage, Event, Frame, Intr, Line, Refused, Shutdown, Stats, StatsReply
-from bus.grants import attach
+from bus.grants import GrantRefused, attach
+from bus.link import BadRunDir
 from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
-from devices.registry import load_class, make_settings
+from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.slot import Slot
 
 MIRROR_REGION = "mirror"
@@ -222,14 +223,17 @@ def console_path(run_dir: str | Path, node: str) -> Path:
 
 
 def run(config: dict[str, Any]) -> None:
-    """Entry point of a device process; ends with SystemExit(0), or 1 when the device failed.
+    """Entry point of a device process; ends with SystemExit(0), or 1 when the device failed or can't start.
 
-    `config` has the fields of HostConfig. A config that isn't one, a bad type or bad settings raise before
-    anything is made; the launcher checks them before it starts a machine.
+    `config` has the fields of HostConfig; what is wrong with it is one line in the log.
     """
     parsed = msgspec.convert(config, HostConfig)
     logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
-    host = Host(parsed)
+    try:
+        host = Host(parsed)
+    except (BadDeviceType, BadSettings, BadRunDir, GrantRefused) as error:
+        log.error("%s", error)
+        raise SystemExit(1) from error
     signal.signal(signal.SIGTERM, lambda number, stack: host.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the launcher's to handle
     raise SystemExit(host.run())

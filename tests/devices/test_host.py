@@ -363,3 +363,26 @@ def test_the_config_is_checked() -> None:
     assert HostConfig(**fields).launcher == "launcher"
     process = start("devices.host", {**fields, "colour": "red"})
     assert process.wait(20) != 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"type": "uart16551"}, "g: ERROR: unknown device type 'uart16551'"),
+        ({"settings": {"depth": "deep"}}, "g: ERROR: gadget settings: Expected `int`, got `str`"),
+        ({"run_dir": "/tmp/" + "x" * 120}, "g: ERROR: socket path /tmp/x"),
+    ],
+)
+def test_a_device_that_cannot_start_says_why_in_one_line(wrong: dict[str, Any], line: str) -> None:
+    config = {"node": "g", "run_dir": "/tmp", "machine": "m", "type": GADGET, **wrong}
+    done = subprocess.run(
+        [sys.executable, "-c", START.format(module="devices.host"), json.dumps(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1

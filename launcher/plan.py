@@ -106,7 +106,8 @@ def child_specs(
         return ChildSpec(node, entry, {"node": node, **shared, **config}, title, log, cores)
 
     file = plan.config.memory.file
-    regions = pc_regions(plan.config.memory_bytes, plan.mirror_pages, str(file) if file else None)
+    pages = max(1, plan.mirror_pages)  # the region is always there to attach
+    regions = pc_regions(plan.config.memory_bytes, pages, str(file) if file else None)
     memory = spec(MEMORY, entries.memory, {"regions": [r.to_plain() for r in regions]})
     devices = [
         spec(d.table.name, entries.device, _device_config(plan, d), dialogue_cores) for d in plan.devices

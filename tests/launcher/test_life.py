@@ -175,8 +175,8 @@ def test_kill_9_of_the_launcher_ends_all_and_its_directory_is_cleaned_up(
     os.kill(command.pid, signal.SIGKILL)
     assert command.finish() == -signal.SIGKILL
     lines = command.output.decode().split("\r\n")
-    assert lines[-1] == "", "the last line is cut off"
     assert lines[:-1] == [f"line {n}" for n in range(len(lines) - 1)]
+    assert f"line {len(lines) - 1}".startswith(lines[-1])  # the UART may have been killed in mid-line
     ps = launcher("idle", "ps")
     assert ps.finish() == 0
     assert ps.output == b"no machine is running\n"

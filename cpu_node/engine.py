@@ -337,7 +337,6 @@ class Engine:
         elif cpu.halted and not d[at.KICK // 4]:
             platform.idle(self._alarm)
             d[at.KICK // 4] = 1
-            self._alarm = None
 
     def _waiting(self) -> bool:
         apic = self.apic

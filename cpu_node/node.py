@@ -186,9 +186,12 @@ class Node:
 
     def poll(self) -> None:
         """Take in what the bus thread received; flush what was posted long enough ago."""
-        if self._flush_ns is not None and time.monotonic_ns() >= self._flush_ns:
+        now_ns = time.monotonic_ns()
+        if self._flush_ns is not None and now_ns >= self._flush_ns:
             self._io.flush()
             self._flush_ns = None
+        if self._alarm_ns is not None and now_ns >= self._alarm_ns:
+            self._alarm_ns = None  # it has come; the engine sets the next one
         self._armed_ns = None
         self._arm()
         while self._inbox:

@@ -242,6 +242,8 @@ def redirect_standard(log: str | Path) -> None:
     os.dup2(out, 2)
     os.close(null)
     os.close(out)
+    sys.stdout = os.fdopen(1, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def set_title(title: str, thread_name: str) -> None:

@@ -124,9 +124,10 @@ def legacy(insn: Insn) -> bytes:
 
 
 def opcode_bytes(insn: Insn) -> bytes:
-    """Opcode in the host's encoding, without prefixes."""
+    """Opcode in the host's encoding, without prefixes: 82, an alias of 80, doesn't exist in 64-bit mode."""
     row = insn.row
-    return (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[row.map] + bytes((row.opcode,))
+    opcode = 0x80 if row.map == 0 and row.opcode == 0x82 else row.opcode
+    return (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[row.map] + bytes((opcode,))
 
 
 def modrm_bytes(insn: Insn, reg: int) -> bytes:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 
 from cpu_node import layout as at
 from cpu_node.cache import CodeCache
-from cpu_node.decode import decode
+from cpu_node.decode import TooLong, Undefined, decode
 from cpu_node.emit import CUT_EDI, CUT_ESI, MOV_R8, POPPED, STI_ECX_IN_R9
 from cpu_node.line import Line
 from cpu_node.record_unsafe import Record
@@ -50,7 +50,12 @@ def roll_back(record: Record, cache: CodeCache, rip: int) -> tuple[Line | None, 
         if here[:2] == MOV_R8 and (here[6:10] == _JUMP_TABLE or here[6:9] == _JUMP_SLOT):
             return None, int.from_bytes(here[2:6], "little")
         break
-    insn = decode(line.code, guest)
+    try:
+        insn = decode(line.code, guest)
+    except (Undefined, TooLong):  # nothing but the verification of its bytes can fault
+        if delta >= 3:
+            regs[ECX] = record.scratch(9) & 0xFFFFFFFF
+        return line, va
     if line.verify:
         check = len(check_source(line, guest, min(insn.length, line.size - guest)))
         if 3 <= delta < check:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from launcher.config import MachineConfig
+if TYPE_CHECKING:
+    from launcher.config import MachineConfig
 
 
 class CoreLoad:

@@ -16,7 +16,7 @@ from launcher.signals import die_quietly
 
 if TYPE_CHECKING:
     from launcher.checks import HostFacts
-    from launcher.plan import EntryPoints
+    from launcher.entries import EntryPoints
 
 LEVELS = ("debug", "info", "warning", "error")
 DESCRIPTION = "Run PCs whose every part is a process. A machine is described by a machine.toml file."
@@ -151,9 +151,9 @@ def _seconds(value: str) -> float:
 
 
 def _up(options: Any, entries: EntryPoints | None, facts: Callable[[], HostFacts] | None) -> int:
-    from launcher.checks import HostFacts
-    from launcher.plan import EntryPoints
-    from launcher.up import UpOptions, up
+    from launcher.entries import EntryPoints
+    from launcher.options import UpOptions
+    from launcher.up import up
 
     chosen = UpOptions(
         file=options.machine,
@@ -164,13 +164,13 @@ def _up(options: Any, entries: EntryPoints | None, facts: Callable[[], HostFacts
         log_level=options.log_level,
         on_reset=options.on_reset,
     )
-    return up(chosen, entries or EntryPoints(), facts or HostFacts.of_this_host)
+    return up(chosen, entries or EntryPoints(), facts)
 
 
 def _check(options: Any, facts: Callable[[], HostFacts] | None) -> int:
     from launcher.checks import HostFacts
     from launcher.plan import describe
-    from launcher.up import check
+    from launcher.session import check
 
     print(describe(check(options.machine, (facts or HostFacts.of_this_host)())))
     return EXIT_OK

@@ -16,6 +16,7 @@ from devices.host import console_path
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from launcher.boot_plan import BootPlan, prepare
 from launcher.config import DeviceTable, MachineConfig
+from launcher.entries import EntryPoints
 from launcher.forkserver import ChildSpec
 from memory_node.client import SOCKET_NAME
 from memory_node.regions import pc_regions
@@ -23,20 +24,6 @@ from memory_node.regions import pc_regions
 CPU, MEMORY = "cpu0", "memory"
 LOCAL_APIC = (0xFEE0_0000, 0xFEE0_1000)
 CONSOLE_BACKEND = "console"
-
-
-@dataclass(frozen=True, slots=True)
-class EntryPoints:
-    """What the processes run: "package.module.function", each called with its config."""
-
-    cpu: str = "cpu_node.node.run"
-    memory: str = "memory_node.node.run"
-    device: str = "devices.host.run"
-
-    def preload(self) -> list[str]:
-        """Modules that the fork server imports once for all."""
-        entries = [entry.rpartition(".")[0] for entry in (self.cpu, self.memory, self.device)]
-        return ["zmq", "msgpack", "msgspec", "capstone", *entries]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from launcher.entries import EntryPoints
 from launcher.main import main
-from launcher.plan import EntryPoints
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:], entries=EntryPoints(cpu=f"tests.launcher.fake_cpu.{sys.argv[1]}")))

@@ -14,10 +14,11 @@ from bus.frames import Event
 from launcher.affinity import CoreLoad, dialogue_cores, idle_ticks
 from launcher.checks import HostFacts, available_bytes, check_host, check_memory
 from launcher.config import parse_size, read_config
+from launcher.entries import EntryPoints
 from launcher.errors import ConfigError
 from launcher.forkserver import ChildSpec, ForkServer
 from launcher.journal import Journal
-from launcher.plan import EntryPoints, child_specs, make_plan
+from launcher.plan import child_specs, make_plan
 from launcher.report import cpu_state_lines, last_line, process_state, ps_row, table
 from launcher.rundir import RunDir, remove_if_dead, running_machines, runtime_root
 from launcher.tsc_unsafe import TscClock

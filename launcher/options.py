@@ -1,0 +1,19 @@
+"""The command line of `launcher up`, parsed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """None stands for what the machine file says, or for no limit."""
+
+    file: Path
+    name: str | None
+    detach: bool
+    until: str | None
+    timeout_s: float | None
+    log_level: str
+    on_reset: str | None

@@ -1,0 +1,87 @@
+"""One machine from its file to its end, the processes that `up` has forked in advance being given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from devices.host import console_path
+from launcher.affinity import CoreLoad, check_host_cpu, dialogue_cores
+from launcher.checks import HostFacts, check_host, check_memory
+from launcher.config import MachineConfig, read_config
+from launcher.daemon import OnReady
+from launcher.entries import EntryPoints
+from launcher.forkserver import ForkServer
+from launcher.journal import Journal
+from launcher.options import UpOptions
+from launcher.plan import MachinePlan, child_specs, make_plan
+from launcher.pump import Pump
+from launcher.rundir import RunDir
+from launcher.signals import Signals
+from launcher.supervisor import Launch, MachineEnd, Supervisor
+from launcher.tsc_unsafe import TscClock
+
+LOG = "launcher.log"  # in the run directory, of a detached launcher
+
+
+def check(file: Path, facts: HostFacts, name: str | None = None) -> MachinePlan:
+    """All that can be found wrong without starting anything."""
+    config = read_config(file, name)
+    check_host(facts)
+    check_memory(config, facts)
+    check_host_cpu(config)
+    return make_plan(config)
+
+
+def run_machine(
+    options: UpOptions,
+    entries: EntryPoints,
+    facts: Callable[[], HostFacts],
+    forkserver: ForkServer,
+    pump: Pump | None,
+    tsc: TscClock,
+    load: CoreLoad,
+    ready: OnReady | None,
+) -> int:
+    """The exit status; `ready` is called once the machine runs. Nothing is made before all input is good."""
+    plan = check(options.file, facts(), options.name)
+    config = plan.config
+    if options.until is not None and plan.console is None:
+        remedy = 'set backend = "console" in the settings of a serial port'
+        raise config.error("device", "--until needs a console, and no device has one", remedy)
+    signals = Signals()
+    run_dir = RunDir.create(config.machine.name, plan.longest_file_name())
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(run_dir.remove)
+        cores = dialogue_cores(config.cpu.host_cpu, load)
+        memory, others = child_specs(
+            plan, entries, run_dir.path, tsc.frequency_hz(), cores, options.log_level
+        )
+        launch = Launch(
+            machine=config.machine.name,
+            run_dir=run_dir.path,
+            memory=memory,
+            others=others,
+            images=plan.boot.images,
+            start=plan.boot.start,
+            console=console_path(run_dir.path, plan.console) if plan.console else None,
+            stop_on_reset=_stops(options, config),
+        )
+        journal = Journal(config.machine.name, options.log_level)
+        supervisor = Supervisor(launch, forkserver, pump, signals, journal)
+        end = supervisor.live(
+            options.timeout_s, lambda: ready(run_dir.path / LOG) if ready is not None else None
+        )
+        _tell_end(journal, end, options.log_level)
+        return end.status
+
+
+def _stops(options: UpOptions, config: MachineConfig) -> bool:
+    return (options.on_reset or config.machine.on_reset) == "stop"
+
+
+def _tell_end(journal: Journal, end: MachineEnd, level: str) -> None:
+    journal.tell(end.line)
+    if hidden := journal.hidden():
+        journal.tell(f"not shown at log level {level}: {hidden}")

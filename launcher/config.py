@@ -118,7 +118,7 @@ def _validated(file: Path, plain: dict[str, Any]) -> MachineConfig:
         if kind is Size:
             return parse_size(value)
         if kind is Path and isinstance(value, str):
-            return folder / Path(value).expanduser()
+            return (folder / Path(value).expanduser()).resolve()
         raise ValueError(f"Expected `str`, got `{_toml_type(value)}`")
 
     try:
@@ -145,7 +145,7 @@ def _with_absolute_type(folder: Path, device: DeviceTable) -> DeviceTable:
     path, colon, cls = device.type.rpartition(":")
     if not colon:
         return device
-    return msgspec.structs.replace(device, type=f"{folder / Path(path).expanduser()}:{cls}")
+    return msgspec.structs.replace(device, type=f"{(folder / Path(path).expanduser()).resolve()}:{cls}")
 
 
 def _check_names(config: MachineConfig) -> None:

@@ -45,6 +45,7 @@ def _background(body: Callable[[OnReady], int], command: socket.socket, parent: 
     die_with_parent(parent, signal.SIGTERM)
 
     def on_ready(log: Path) -> None:
+        log.unlink(missing_ok=True)  # of an earlier machine of this name
         redirect_standard(log)
         outlive_parent()
         command.send(b"\1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 from bus.frames import Event
 from launcher.errors import one_line
@@ -53,6 +54,12 @@ class Journal:
             if len(self._told) < DISTINCT_MAX:
                 self._told.add(line)
             self.tell(line)
+
+    def log(self, node: str, log: Path) -> None:
+        """All that a process has written into its log, where the level is "info" or below."""
+        if LEVELS.index("info") >= self._threshold:
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                self.tell(f"{node}: {line}")
 
     def tell(self, text: str) -> None:
         """Every line of `text`, after the machine's name."""

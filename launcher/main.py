@@ -33,7 +33,8 @@ EPILOG = "\n".join(
         *(f"  {status:<6} {meaning}" for status, meaning in EXIT_MEANINGS.items()),
         "",
         "Running machines have a directory each in $BACKPLANE_RUNTIME_DIR, else in",
-        "$XDG_RUNTIME_DIR/backplane, else in /tmp/backplane-<uid>.",
+        "$XDG_RUNTIME_DIR/backplane, else in /tmp/backplane-<uid>; the messages of a detached one go",
+        "to <name>.log there.",
     ]
 )
 
@@ -80,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "console and its end just stops that.",
     )
     up.add_argument("machine", type=Path, metavar="MACHINE.toml", help="the machine file")
-    up.add_argument("--detach", action="store_true", help="return when the machine runs, leaving it running")
+    up.add_argument(
+        "--detach", action="store_true", help="return when it runs, and leave it running"
+    )
     up.add_argument("--name", help="call the machine this instead of the file's machine.name")
     up.add_argument("--until", type=_text, metavar="TEXT", help="end the machine when TEXT is on its console")
     up.add_argument(
@@ -178,7 +181,7 @@ def _check(options: Any, facts: Callable[[], HostFacts] | None) -> int:
 
 def _ps(options: Any) -> int:
     from launcher import report
-    from launcher.control import ask
+    from launcher.control import NoAnswer, ask
     from launcher.rundir import CONTROL, running_machines
 
     machines = running_machines() if options.machine is None else [_running(options.machine)]
@@ -188,7 +191,10 @@ def _ps(options: Any) -> int:
         if i:
             print()
         print(f"machine {path.name}")
-        print(report.table(ask(path / CONTROL, "ps", path.name)["rows"]))
+        try:
+            print(report.table(ask(path / CONTROL, "ps", path.name)["rows"]))
+        except NoAnswer as e:  # it is starting or ending: the others are still of interest
+            print(e)
     return EXIT_OK
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bus.addressmap import AddressMap, MapConflict
 from devices.base import Device
 from devices.host import console_path
@@ -24,6 +26,7 @@ from memory_node.regions import pc_regions
 CPU, MEMORY = "cpu0", "memory"
 LOCAL_APIC = (0xFEE0_0000, 0xFEE0_1000)
 CONSOLE_BACKEND = "console"
+E820_NAMES = {1: "RAM", 2: "reserved", 3: "ACPI tables", 4: "ACPI NVS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +201,25 @@ def _pick_console(config: MachineConfig, devices: list[PlannedDevice]) -> str | 
 def describe(plan: MachinePlan) -> str:
     """What `launcher check` prints."""
     config = plan.config
-    lines = [
-        f"machine {config.machine.name}: {config.memory_bytes >> 20} MiB, "
-        f"{'with' if config.cpu.apic else 'without'} APIC, boots {type(config.boot).__name__}",
-        "",
-        *(f"{d.table.name}: {d.table.type}" for d in plan.devices),
-        "",
-        plan.address_map.describe(),
-    ]
-    return "\n".join(lines)
+    boot = {name: value for name, value in msgspec.to_builtins(config.boot, enc_hook=str).items() if value}
+    types = [(d.table.name, d.table.type) for d in plan.devices]
+    width = max((len(name) for name, _ in types), default=0)
+    return "\n".join(
+        [
+            f"machine   {config.machine.name}",
+            f"memory    {config.memory_bytes >> 20} MiB in {config.memory.file or 'an anonymous file'}",
+            f"APIC      {'yes' if config.cpu.apic else 'no'}",
+            f"boot      {', '.join(f'{name} {value}' for name, value in boot.items())}",
+            f"console   {plan.console or 'none'}",
+            f"on reset  {config.machine.on_reset}",
+            "",
+            *(f"{name:<{width}}  {kind}" for name, kind in types),
+            "",
+            plan.address_map.describe(),
+            "",
+            *(
+                f"memory {base:08x}-{base + length - 1:08x}  {E820_NAMES.get(kind, kind)}"
+                for base, length, kind in plan.boot.e820
+            ),
+        ]
+    )

@@ -2,7 +2,8 @@
 
 `<runtime>/<machine>/`, where runtime is $BACKPLANE_RUNTIME_DIR, else $XDG_RUNTIME_DIR/backplane, else
 /tmp/backplane-<uid>. The launcher holds a flock on `lock` as long as it lives; a directory whose lock
-is free belongs to a dead machine and is removed by whoever notices.
+is free belongs to a dead machine and is removed by whoever notices. The messages of a detached launcher are
+in `<runtime>/<machine>.log`, which stays.
 """
 
 from __future__ import annotations

@@ -22,8 +22,6 @@ from launcher.signals import Signals
 from launcher.supervisor import Launch, MachineEnd, Supervisor
 from launcher.tsc_unsafe import TscClock
 
-LOG = "launcher.log"  # in the run directory, of a detached launcher
-
 
 def check(file: Path, facts: HostFacts, name: str | None = None) -> MachinePlan:
     """All that can be found wrong without starting anything."""
@@ -70,9 +68,8 @@ def run_machine(
         )
         journal = Journal(config.machine.name, options.log_level)
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
-        end = supervisor.live(
-            options.timeout_s, lambda: ready(run_dir.path / LOG) if ready is not None else None
-        )
+        log = run_dir.path.with_name(f"{config.machine.name}.log")
+        end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)
         _tell_end(journal, end, options.log_level)
         return end.status
 

@@ -287,6 +287,7 @@ class Supervisor:
         if self._forkserver_died():
             self._bury_forkserver()
         status = self._forkserver.wait_status(process.child, LAST_WORDS_S)
+        self._journal.log(node, process.log)
         raise MachineEnd(EXIT_DIED, report.obituary(node, process, status))
 
     def _bury_forkserver(self) -> None:

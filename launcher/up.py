@@ -30,9 +30,11 @@ def up(options: UpOptions, entries: EntryPoints, facts: Callable[[], HostFacts] 
     if status is not None:
         return status
     from launcher.config import read_config
+    from launcher.rundir import runtime_root
 
     name = read_config(options.file, options.name).machine.name
-    print(f"{name}: running; see `launcher ps`, `launcher console`, `launcher down {name}`")
+    print(f"{name}: running; see `launcher ps`, `launcher console`, `launcher down {name}`, ", end="")
+    print(runtime_root() / f"{name}.log")
     return EXIT_OK
 
 

@@ -140,6 +140,27 @@ def test_a_process_that_does_not_start_is_named(machine_file: Path, runtime: Pat
     assert_nothing_left(runtime)
 
 
+def test_the_whole_log_of_a_process_that_fails(machine_file: Path, launcher: Start) -> None:
+    command = launcher("broken", "up", "--log-level", "info", machine_file)
+    assert command.finish() == 5
+    assert b"fake: cpu0: Traceback (most recent call last):\n" in command.errors
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_kill_9_of_the_launcher_at_any_moment_of_the_start(
+    step: int, machine_file: Path, runtime: Path, launcher: Start
+) -> None:
+    command = launcher("idle", "up", machine_file)
+    parts = ["forkserver", "console", "memory", "uart0", "pic", "cpu0"]
+    if step >= 2:
+        wait_for_part(command, parts[step - 2])
+    spin(step * 40_000)
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.finish() == -signal.SIGKILL
+    assert launcher("idle", "ps").finish() == 0  # cleans up the directory
+    assert_nothing_left(runtime)
+
+
 def test_an_entry_point_that_does_not_import(machine_file: Path, runtime: Path, launcher: Start) -> None:
     command = launcher("nonsense", "up", machine_file)
     assert command.finish() == 5
@@ -278,7 +299,8 @@ def test_detached_machine_ps_console_down(machine_file: Path, runtime: Path, lau
     assert console.finish() == 0
     assert b"fake: uart0 has ended" in console.errors
     assert second.finish() == 0
-    assert_nothing_left(runtime)
+    assert_nothing_left(runtime, ("fake.log",))
+    assert (runtime / "fake.log").read_text() == "fake: ended by `launcher down`\n"
 
 
 def test_ps_of_a_foreground_machine_has_its_console(
@@ -317,7 +339,8 @@ def test_detached_until_and_errors(machine_file: Path, runtime: Path, launcher: 
     assert_nothing_left(runtime)
     up = launcher("chatter", "up", "--detach", "--until", "line 30\r", machine_file)
     assert up.finish() == 0
-    assert_nothing_left(runtime)  # once it has come to line 30
+    assert_nothing_left(runtime, ("fake.log",))  # once it has come to line 30
+    assert (runtime / "fake.log").read_text() == "fake: the text of --until has appeared\n"
 
 
 def test_ctrl_c_at_a_detaching_command_ends_both(machine_file: Path, runtime: Path, launcher: Start) -> None:
@@ -350,14 +373,15 @@ def test_commands_without_their_machine(machine_file: Path, runtime: Path, launc
     assert b"two: pic: no such device with a console; these have: uart0" in command.errors
     assert launcher("idle", "down", "fake").finish() == 0
     assert launcher("idle", "down").finish() == 0
-    assert_nothing_left(runtime)
+    assert_nothing_left(runtime, ("fake.log", "two.log"))
 
 
 def test_check_and_version(machine_file: Path, runtime: Path, launcher: Start) -> None:
     check = launcher("idle", "check", machine_file)
     assert check.finish() == 0
     text = check.output.decode()
-    assert "machine fake: 16 MiB" in text
+    assert "machine   fake\nmemory    16 MiB in an anonymous file\n" in text
+    assert "memory 00100000-00ffffff  RAM" in text
     assert "port 03f8-03ff  uart0" in text
     assert "IRQ 4" in text
     version = launcher("idle", "version")

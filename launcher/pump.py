@@ -231,6 +231,8 @@ class _PumpProcess:
     def _read_input(self) -> None:
         try:
             typed = os.read(STDIN, PIECE)
+        except BlockingIOError:  # a descriptor that someone else made non-blocking
+            return
         except OSError:
             typed = b""
         if not typed:

@@ -4,8 +4,9 @@ Reference: Intel 8254 data sheet, 231164-005; port B: IBM PS/2 Hardware Interfac
 control port B". Counter 0 makes IRQ 0 and has its GATE tied high, counter 1 once refreshed the memory,
 counter 2 drives the speaker and has its GATE at port B bit 0.
 The short or low phases of OUT0 in modes 2 to 5 pass within one call: the line goes low and high again at the
-rising edge, where an edge-triggered controller looks. Edges that nobody could see, because the host was
-late, are one. Left out: sound; parity and channel-check NMI (bits 6 and 7 read 0).
+rising edge, where an edge-triggered controller looks. Edges that are due together, because the host was
+late, are one; of edges less than 50 us apart only some are made.
+Left out: sound; parity and channel-check NMI (bits 6 and 7 read 0).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ CLOCK_HZ = 1_193_182  # 14.31818 MHz / 12
 NS = 1_000_000_000
 ACCESS_LSB, ACCESS_MSB, ACCESS_BOTH = 1, 2, 3
 STATUS_OUT, STATUS_NULL_COUNT, STATUS_ACCESS_SHIFT, STATUS_MODE_SHIFT = 0x80, 0x40, 4, 1
+EDGE_CLOCKS_MIN = 60  # 50 us: of a faster train only every n-th edge is signalled; it would drown the host
 NONE = -1
 
 
@@ -98,8 +99,8 @@ class PitCounter:
         """Take over a waiting count if its time has come; how many rising edges of OUT are now due."""
         due = 0
         if self.next_count and self.running and self.elapsed(now_ns) >= self.takeover:
-            due = self._take_edges(self.takeover // self.count)
             in_mid_cycle = self.takeover % self.count
+            due = 0 if in_mid_cycle else 1
             self.count, self.next_count, self.edges_done = self.next_count, 0, 0
             self.held += (self._high_clocks() if in_mid_cycle else 0) - self.takeover
         return due + self._take_edges(self._edges(self.elapsed(now_ns)))
@@ -109,23 +110,28 @@ class PitCounter:
         return due
 
     def _edges(self, elapsed: int) -> int:
-        """Rising edges of OUT in the first `elapsed` clocks."""
+        """Rising edges of OUT in the first `elapsed` clocks that are to be signalled."""
         if not self.started:
             return 0
         match self.mode:
             case 2 | 3:
-                return max(elapsed, 0) // self.count
+                return max(elapsed, 0) // self._clocks_per_edge()
             case 0 | 1:
                 return int(elapsed >= self.count)
             case _:
                 return int(elapsed > self.count)  # a strobe of one clock
 
+    def _clocks_per_edge(self) -> int:
+        """Modes 2 and 3."""
+        return self.count * max(1, EDGE_CLOCKS_MIN // self.count)
+
     def next_edge_ns(self) -> int | None:
-        """When the first edge that wasn't signalled yet comes, if it comes."""
+        """When the first edge comes that isn't signalled yet, or a waiting count is taken over."""
         if not self.running:
             return None
         if self.mode in (2, 3):
-            return self._time_of((self.edges_done + 1) * self.count)
+            clocks = self.takeover if self.next_count else (self.edges_done + 1) * self._clocks_per_edge()
+            return self._time_of(clocks)
         if self.edges_done:
             return None
         return self._time_of(self.count + (1 if self.mode in (4, 5) else 0))

@@ -1,8 +1,8 @@
 """POST code port and debug console.
 
-Port 0x80 is the last page register of the PC/AT's DMA block, otherwise unused, so that firmware writes
-its progress codes there and Linux its delays [IBM PC/AT Technical Reference, 1984, "I/O address map"].
-Port 0xE9 is the debug console of Bochs: each byte written is a character, reading gives 0xE9.
+Reference: IBM PC/AT Technical Reference, 1984, "I/O address map"; Bochs user manual, "port_e9_hack".
+Port 0x80 is a page register of the PC/AT's DMA block, otherwise unused, so that firmware writes its progress
+codes there and Linux its delays. Port 0xE9: each byte written is a character, reading gives 0xE9.
 Left out: the DMA controllers and the other page registers.
 """
 

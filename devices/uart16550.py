@@ -40,7 +40,7 @@ class Reg(IntEnum):  # the names also label trace lines and injections: "uart0.I
 
 @dataclass(frozen=True, slots=True)
 class UartSettings:
-    backend: Literal["console", "log", "null"] = "null"
+    backend: Literal["console", "log", "null"] = "console"
 
 
 @dataclass(slots=True)

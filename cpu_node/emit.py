@@ -33,6 +33,7 @@ STORE_IMM = WINDOW + b"\xc7\x44\x24\xfc"  # mov dword gs:[esp-4], imm32
 PUSHED = b"\x8d\x64\x24\xfc"  # lea esp, [rsp-4]
 POPPED = b"\x8d\x64\x24\x04"
 LOAD_TOP = WINDOW + b"\x44\x8b\x04\x24"  # mov r8d, gs:[esp]
+EBP_FROM_R8 = b"\x44\x89\xc5"  # mov ebp, r8d
 JUMP_R8 = b"\x43\xff\x24\xc6"  # jmp [r14+r8*8]
 MOV_R8 = b"\x41\xb8"  # mov r8d, imm32
 EXIT_SIMULATE = bytes((0x41, 0xFF, 0x67, at.SIMULATE_SLOT))  # jmp [r15+slot]
@@ -338,7 +339,7 @@ class Templates:
     def _leave(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._simulate(insn)
-        return self._make(insn, WINDOW + b"\x44\x8b\x45\x00" + b"\x8d\x65\x04" + b"\x44\x89\xc5")
+        return self._make(insn, WINDOW + b"\x44\x8b\x45\x00" + b"\x8d\x65\x04" + EBP_FROM_R8)
 
     def _moffs(self, insn: Insn) -> Leaf:
         op = bytes((insn.row.opcode + (0x8A - 0xA0 if insn.row.opcode < 0xA2 else 0x88 - 0xA2),))

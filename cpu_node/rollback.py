@@ -12,12 +12,12 @@ from bisect import bisect_right
 from cpu_node import layout as at
 from cpu_node.cache import CodeCache
 from cpu_node.decode import TooLong, Undefined, decode
-from cpu_node.emit import CUT_EDI, CUT_ESI, MOV_R8, POPPED, STI_ECX_IN_R9
+from cpu_node.emit import CUT_EDI, CUT_ESI, EBP_FROM_R8, MOV_R8, POPPED, PUSHED, STI_ECX_IN_R9
 from cpu_node.line import Line
 from cpu_node.record_unsafe import Record
 from cpu_node.translate import check_source
 
-ECX, ESP, ESI, EDI = 1, 4, 6, 7
+ECX, ESP, EBP, ESI, EDI = 1, 4, 5, 6, 7
 _JUMP_SLOT = b"\x41\xff\x67"  # jmp [r15+slot]: r8d is the guest address
 _JUMP_TABLE = b"\x43\xff\x24\xc6"
 
@@ -42,6 +42,10 @@ def roll_back(record: Record, cache: CodeCache, rip: int) -> tuple[Line | None, 
         if delta == 0:
             return line, va
         here = bytes(code[offset : offset + 10])
+        if here[:4] in (PUSHED, POPPED):  # what ESP makes room for, or is past, is in place: go forward
+            regs[ESP] = regs[ESP] + (4 if here[:4] == POPPED else -4) & 0xFFFFFFFF
+            offset += 4
+            continue
         if here[0] == 0xE9:  # the jump that ends an instruction or a chunk
             offset += 5 + int.from_bytes(here[1:5], "little", signed=True)
             continue
@@ -69,8 +73,11 @@ def roll_back(record: Record, cache: CodeCache, rip: int) -> tuple[Line | None, 
     match insn.row.action:
         case "sti" if STI_ECX_IN_R9[0] <= delta <= STI_ECX_IN_R9[1]:
             regs[ECX] = record.scratch(9) & 0xFFFFFFFF
-        case "popf" if here[:4] == POPPED or here[0] == 0xEB:
+        case "popf" if here[0] == 0xEB:
             regs[ESP] = regs[ESP] + 4 & 0xFFFFFFFF  # the flags are in place already
+            return None, following
+        case "leave" if here[:3] == EBP_FROM_R8:  # ESP has left the frame that holds EBP
+            regs[EBP] = record.scratch(8) & 0xFFFFFFFF
             return None, following
         case "string" if here[:2] in (CUT_ESI, CUT_EDI):
             return None, following

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cpu_node import tasks
 from cpu_node.cpu import EAX, ECX, EDI, EDX, ESI
 from cpu_node.decode import ES, Insn
+from cpu_node.errors import MF, GuestFault
 from cpu_node.flags import DF
 from cpu_node.layout import FX
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 BURST = 1024
 _ZF = 0x40
+_ES, _TOP = 0x80, 0x38  # x87 status: exception summary in its low byte, top of stack in its high byte
 
 
 def string(sim: Simulator, insn: Insn) -> None:
@@ -91,18 +93,21 @@ def port_out(sim: Simulator, insn: Insn) -> None:
 
 
 def mask_move(sim: Simulator, insn: Insn) -> None:
-    """MASKMOVQ, MASKMOVDQU: bytes whose mask byte has bit 7 set, to DS:EDI."""
+    """MASKMOVQ, MASKMOVDQU: bytes whose mask has bit 7 set, to DS:EDI. The others may fault too, and do."""
     fx, mmx = sim.single.record.b, insn.row.prefix != 0x66
     size = 8 if mmx else 16
+    if mmx and fx[FX + 2] & _ES:
+        raise GuestFault(MF)
     source, mask = (_mmx(fx, n) if mmx else _xmm(fx, n) for n in (insn.reg, insn.rm))
     segment = 3 if insn.segment is None else insn.segment
-    base = _index(sim, insn, EDI)
-    chosen = [n for n in range(size) if mask[n] & 0x80]
-    places = [sim.single.linear(segment, base + n & 0xFFFFFFFF, 1, True) for n in chosen]
-    for va in places:
-        sim.memory.probe_write(va, 1, sim.user)
-    for va, n in zip(places, chosen, strict=True):
-        sim.memory.write8(va, source[n], sim.user)
+    va = sim.single.linear(segment, _index(sim, insn, EDI), size, True)
+    sim.memory.probe_write(va, size, sim.user)
+    for n in range(size):
+        if mask[n] & 0x80:
+            sim.memory.write8(va + n & 0xFFFFFFFF, source[n], sim.user)
+    if mmx:  # as every MMX instruction: TOP = 0, all registers in use [vol. 1 9.5.1]
+        fx[FX + 3] &= ~_TOP
+        fx[FX + 4] = 0xFF
 
 
 def _xmm(record: memoryview, number: int) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpu_node import control, cpuid, far, gates, handlers_string, iret, msr, segments, stack, tasks
-from cpu_node.cpu import EAX, EDX, ESP
+from cpu_node.cpu import EAX, EDX, ESP, Cpu
 from cpu_node.decode import Insn
 from cpu_node.descriptor import DS, ES, FS, GS, SS
 from cpu_node.errors import DE, UD, GuestFault
@@ -111,6 +111,17 @@ def _store_word(read: Callable[[Simulator], int]) -> Callable[[Simulator, Insn],
             sim.write_rm(insn, insn.opsize, value)
 
     return store
+
+
+def _privileged_word(load: Callable[[Cpu, int], None]) -> Callable[[Simulator, Insn], None]:
+    """LLDT, LTR, LMSW: the privilege is checked before the operand is read."""
+
+    def handler(sim: Simulator, insn: Insn) -> None:
+        if sim.cpu.protected:
+            control.require_ring0(sim.cpu)
+        load(sim.cpu, sim.read_rm(insn, 2))
+
+    return handler
 
 
 def _load_table(sim: Simulator, insn: Insn) -> None:
@@ -277,9 +288,9 @@ NAMED: dict[str, Callable[[Simulator, Insn], None]] = {
     "sldt": _store_word(lambda sim: segments.sldt(sim.cpu)),
     "str": _store_word(lambda sim: segments.store_tr(sim.cpu)),
     "smsw": _store_word(lambda sim: control.smsw(sim.cpu)),
-    "lldt": lambda sim, insn: segments.lldt(sim.cpu, sim.read_rm(insn, 2)),
-    "ltr": lambda sim, insn: segments.ltr(sim.cpu, sim.read_rm(insn, 2)),
-    "lmsw": lambda sim, insn: control.lmsw(sim.cpu, sim.read_rm(insn, 2)),
+    "lldt": _privileged_word(segments.lldt),
+    "ltr": _privileged_word(segments.ltr),
+    "lmsw": _privileged_word(control.lmsw),
     "lgdt": _load_table, "lidt": _load_table, "sgdt": _store_table, "sidt": _store_table,
     "invlpg": _invlpg,
     "clts": lambda sim, insn: control.clts(sim.cpu),

@@ -21,6 +21,10 @@ from cpu_node.record_unsafe import Record
 _HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 19: XM}  # host vector -> guest vector
 _FX_WRITTEN = 288  # FXSAVE in 32-bit mode leaves the rest alone [vol. 2, FXSAVE]
 _OPERAND = 0x400  # of the scratch page
+_UNALIGNED = frozenset(  # operands of 16 bytes and more that may lie anywhere
+    ("movups", "movupd", "movdqu", "lddqu", "pcmpestri", "pcmpestrm", "pcmpistri", "pcmpistrm", "fnsave", "frstor",
+     "fnstenv", "fldenv")
+)
 
 
 class HostTrap(AssertionError):
@@ -147,6 +151,8 @@ class Single:
         user = cpu.cpl == 3
         access = insn.row.access
         va = self.linear(segment, offset, width, access in "wm")
+        if width >= 16 and va & 15 and insn.row.mnemonic not in _UNALIGNED:
+            raise GuestFault(GP, 0)  # before any #PF
         if access in "wm":
             memory.probe_write(va, width, user)
         place = _OPERAND + (va & 63)

@@ -17,19 +17,28 @@ class Watch:
     def __init__(self, memory: PhysicalMemory) -> None:
         self.memory = memory
         self.pdes: dict[int, int] = {}  # linear 4 MiB page -> its directory entry
-        self._tables: dict[int, bytes] = {}  # page table (pa) -> content when last compared
+        self._tables: dict[int, bytearray] = {}  # page table (pa) -> content last compared or derived from
         self._covers: dict[int, set[int]] = {}  # page table (pa) -> linear 4 MiB pages it maps
         self._directory: tuple[int, bytes] = (-1, b"")  # (cr3, content) when last compared
 
-    def add(self, va: int, entry_pa: int, cr3: int) -> None:
-        """`va` was walked in directory `cr3`; its leaf entry is at `entry_pa`."""
+    def add(self, va: int, entry_pa: int, cr3: int, count: int = 1) -> None:
+        """`va` was walked in directory `cr3`; `count` leaf entries from `entry_pa` on are made use of.
+
+        What they are now is what later changes are measured against: an entry that came and went between two
+        comparisons must not look as if nothing had happened.
+        """
         va_big, table = va >> 22, entry_pa & FRAME
         pde = int(self.memory.dwords[(cr3 >> 2) + va_big])
         if self.pdes.get(va_big) != pde:
             self.pdes[va_big] = pde
+            self._directory = (-1, b"")
         if not pde & PS:
-            if table not in self._tables:
-                self._tables[table] = self.memory.ram[table : table + 4096]
+            ram, copy = self.memory.ram, self._tables.get(table)
+            if copy is None:
+                self._tables[table] = bytearray(ram[table : table + 4096])
+            else:
+                first, last = entry_pa - table, entry_pa - table + 4 * count
+                copy[first:last] = ram[table + first : table + last]
             self._covers.setdefault(table, set()).add(va_big)
 
     def changes(self, cr3: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -43,7 +52,7 @@ class Watch:
         for table, copy in list(self._tables.items()):
             now = ram[table : table + 4096]
             if now != copy:
-                self._tables[table] = now
+                self._tables[table] = bytearray(now)
                 changed = _differences(copy, now)
                 for va_big in self._covers[table]:
                     pages += [(va_big << 10 | index, new) for index, new in changed]
@@ -77,7 +86,7 @@ def _claims_more(old: int, new: int) -> bool:
     return bool((old ^ new) & (RIGHTS | FRAME) or (old & PS and old & ~new & (A | D)))
 
 
-def _differences(old: bytes, new: bytes) -> list[tuple[int, int]]:
+def _differences(old: bytearray, new: bytes) -> list[tuple[int, int]]:
     """(index, entry now) where page-table pages differ."""
     out = []
     for base in range(0, 4096, 256):

@@ -256,6 +256,8 @@ class Space:
             entries.append(pte)
         if write and not writable and may_write:
             entries = entries[:1]
+        if len(entries) > 1:
+            self.watch.add(va, entry_pa, walker.cr3, len(entries))
         window.map_small(va_page, pa_page, len(entries), writable, entries)
 
     def invlpg(self, va: int) -> None:

@@ -29,7 +29,7 @@ class PitCounter:
     written: bool = False  # a count was written since the control word
     started: bool = False  # the counting element was loaded since the control word
     running: bool = False
-    start_ns: int = 0  # while running: elapsed = held + clocks since start_ns
+    start_clock: int = 0  # while running: elapsed = held + CLK pulses since this one
     held: int = 0
     edges_done: int = 0  # rising edges of OUT since the load that have been signalled
     write_low: int = NONE  # first byte of a count, waiting for the second
@@ -87,13 +87,13 @@ class PitCounter:
             if self.mode in (2, 3):
                 self.count, self.next_count = self.next_count or self.count, 0
                 self._load(now_ns)
-            self.start_ns, self.running = now_ns, True
+            self.start_clock, self.running = _clock(now_ns), True
         elif not level and self.running:
             self.held, self.running = self.elapsed(now_ns), False
 
     def _load(self, now_ns: int) -> None:
         self.started = self.running = True
-        self.start_ns, self.held, self.edges_done = now_ns, -1, 0
+        self.start_clock, self.held, self.edges_done = _clock(now_ns), -1, 0
 
     def advance(self, now_ns: int) -> int:
         """Take over a waiting count if its time has come; how many rising edges of OUT are now due."""
@@ -137,11 +137,11 @@ class PitCounter:
         return self._time_of(self.count + (1 if self.mode in (4, 5) else 0))
 
     def elapsed(self, now_ns: int) -> int:
-        return self.held + (now_ns - self.start_ns) * CLOCK_HZ // NS if self.running else self.held
+        return self.held + _clock(now_ns) - self.start_clock if self.running else self.held
 
     def _time_of(self, elapsed: int) -> int:
         """The first nanosecond at which that many clocks have elapsed."""
-        return self.start_ns - (self.held - elapsed) * NS // CLOCK_HZ
+        return -(-(self.start_clock + elapsed - self.held) * NS // CLOCK_HZ)
 
     def out(self, now_ns: int) -> bool:
         """The OUT pin."""
@@ -216,6 +216,11 @@ class PitCounter:
     def _high_clocks(self) -> int:
         """Mode 3: for how many clocks of a cycle OUT is high."""
         return (self.count + 1) // 2
+
+
+def _clock(now_ns: int) -> int:
+    """Number of the last CLK pulse."""
+    return now_ns * CLOCK_HZ // NS
 
 
 def _from_bcd(raw: int) -> int:

@@ -7,6 +7,7 @@ kernel halves agree; a Watch sees where they don't); user code has one per space
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from contextlib import suppress
 
 from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
@@ -227,7 +228,8 @@ class Contexts:
         pa_page = self._fetch(va)
         self.code_written(pa_page)
         if (va & 0xFFF) > 0xFF0:
-            self.code_written(self._fetch((va | 0xFFF) + 1 & 0xFFFFFFFF))
+            with suppress(GuestFault):  # no instruction can cross into a page that isn't there
+                self.code_written(self._fetch((va | 0xFFF) + 1 & 0xFFFFFFFF))
 
     def flush_cache(self) -> None:
         """Drop every translation."""

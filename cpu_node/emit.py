@@ -112,7 +112,7 @@ fine:
 _POPF_KERNEL, _POPF_USER = _popf(False), _popf(True)
 STI_ECX_IN_R9 = (3, len(_STI(b"", 0, 0)) - 11)  # host bytes between which ECX is in r9d (rollback.py)
 _PUSHA = b"".join(WINDOW + bytes((0x89, 0x44 | r << 3, 0x24, 0x100 - 4 * (r + 1))) for r in range(8))
-_POPA = b"".join(WINDOW + bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))) for r in range(8) if r != 4)
+_POPA = b"".join(WINDOW + bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))) for r in range(7, -1, -1) if r != 4)
 
 
 def legacy(insn: Insn) -> bytes:

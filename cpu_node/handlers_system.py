@@ -96,7 +96,8 @@ def _arpl(sim: Simulator, insn: Insn) -> None:
         raise GuestFault(UD)
     target, source = sim.read_rm(insn, 2), sim.read_reg(insn.reg, 2)
     lower = target & 3 < source & 3
-    sim.write_rm(insn, 2, target & ~3 | source & 3 if lower else target)
+    if lower:
+        sim.write_rm(insn, 2, target & ~3 | source & 3)
     _set_zf(sim, lower)
 
 

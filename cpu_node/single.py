@@ -156,7 +156,7 @@ class Single:
         if access in "wm":
             memory.probe_write(va, width, user)
         place = _OPERAND + (va & 63)
-        if access in "rm":
+        if access in "rm" or insn.row.group == "x87":  # an unmasked exception suppresses an x87 store
             scratch[place : place + width] = memory.read(va, width, user)  # type: ignore[attr-defined]
         self.native(WINDOW + opcode + bytes((reg << 3 | 4, 0x25)) + place.to_bytes(4, "little") + immediate)
         if access in "wm":

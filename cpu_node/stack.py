@@ -125,13 +125,14 @@ def enter(cpu: Cpu, frame: int, level: int, size: int) -> None:
     frame_pointer = (esp - size) & span
     outer = [ebp - size * i for i in range(1, level)]  # where the enclosing frames' pointers are
     new_sp = (esp - size * (1 + level) - frame) & span
-    for sp in outer:
+    check_push(memory, segment, esp, size, user, 0)
+    for i, sp in enumerate(outer, 1):
         read_frame(memory, segment, sp, 1, size, user)
+        check_push(memory, segment, esp - size * i, size, user, 0)
+    check_push(memory, segment, esp - size * level, size, user, 0)
     if not segment.lowest <= new_sp <= segment.highest:  # the final stack pointer must be writable
         raise GuestFault(SS_FAULT, 0)
     memory.probe_write(segment.base + new_sp & 0xFFFFFFFF, 1, user)
-    for i in range(1 + level):
-        check_push(memory, segment, esp - size * i, size, user, 0)
     # A display that overlaps the new frame is read as the pushes leave it, so one at a time.
     sp = write_frame(memory, segment, esp, (ebp,), size, user, 0)
     for source in outer:

@@ -39,6 +39,9 @@ class Draft:
         self.absolute: list[tuple[int, int]] = []  # (va of a dword in data, instruction) not yet resolved
         self.eflags = 0
         self.blind_memory: list[tuple[int, int]] = []
+        self.blind_on_fault: list[tuple[int, int]] = []
+        self.blind_registers_on_fault: tuple[int, ...] = ()
+        self.fault_page_only = False
         self._pool = pool
         self._pages: dict[int, tuple[bytes | bytearray, bool]] = {}
         for va in RW_PAGES:

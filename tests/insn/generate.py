@@ -28,6 +28,7 @@ X87_POINTERS = {  # (offset, length) of FIP, FOP, FDP and selectors, by operand 
     "fnsave": ((12, 16), (6, 8)),
     "fxsave": ((6, 18), (6, 18)),
 }
+FXSAVE_RESERVED = (288, 176)  # XMM8 to XMM15 in 64-bit mode
 # A newer host than the guest has instructions here where the guest has none.
 HOST_HAS_MORE = frozenset(((0, 0xC4), (0, 0xC5), (0, 0x62), (1, 0xC7), (1, 0x01), (1, 0xAE)))
 NO_INSTRUCTION = (
@@ -64,6 +65,9 @@ def write(row: Row, draft: Draft) -> Instance:
     if row.mnemonic in X87_POINTERS and instance.va is not None:
         start, length = X87_POINTERS[row.mnemonic][instance.size16]
         draft.blind_memory.append((instance.va + start, length))
+        if row.mnemonic == "fxsave":
+            draft.blind_memory.append((instance.va + FXSAVE_RESERVED[0], FXSAVE_RESERVED[1]))
+    draft.fault_page_only |= instance.width > 16
     draft.emit(code)
     for reg in instance.touched:
         draft.spoil(reg)
@@ -91,6 +95,7 @@ class Generator:
             return self._sequence(draft)
         if rng.getrandbits(1):
             return self._self_modifying(draft)
+        draft.eip = CODE + rng.randrange(0x800)  # in one page: how far is an undefined instruction fetched?
         return self._illegal(draft)
 
     def _draft(self, rng: Random) -> Draft:
@@ -127,7 +132,13 @@ class Generator:
             code_length=len(draft.code),
             rows=tuple(f"{row.key} {row.mnemonic}" for row in rows),
             group=group,
-            blind=Blind(eflags=undefined, memory=tuple(draft.blind_memory)),
+            blind=Blind(
+                undefined,
+                tuple(draft.blind_memory),
+                tuple(draft.blind_on_fault),
+                draft.blind_registers_on_fault,
+                draft.fault_page_only,
+            ),
         )
 
     def _one(self, draft: Draft, row: Row) -> Case:

@@ -280,7 +280,7 @@ class NativeRunner:
             eip & 0xFFFFFFFF,
             tuple(r & 0xFFFFFFFF for r in (eax, ecx, edx, ebx, esp, ebp, esi, edi)),
             eflags & ~RF,
-            self._record[FRAME_FX : FRAME_FX + FX_USED].ljust(FX_SIZE, b"\0"),
+            bytes(self._record.raw[FRAME_FX : FRAME_FX + FX_USED]).ljust(FX_SIZE, b"\0"),
             changed,
         )
 

@@ -60,6 +60,7 @@ def _pusha(instance: Instance) -> None:
         instance.draft.settle(reg)
     if instance.row.action == "popa":
         instance.touched = [r for r in range(8) if r != ESP]
+        instance.draft.blind_registers_on_fault = tuple(instance.touched)
     distance = 8 * instance.operand_size * (1 if instance.row.action == "popa" else -1)
     instance.after.append(lambda: instance.draft.move(ESP, distance))
 
@@ -76,7 +77,13 @@ def _enter(instance: Instance) -> None:
     _leave(instance)
     size = instance.rng.choice((0, 4, 8, 16, 0x20, 0x1000, integer(instance.rng, 16)))
     level = instance.rng.choice((0, 0, 0, 1, 2, 3, 31, 32, integer(instance.rng, 8)))
+    esp = instance.draft.initial[ESP]
+    assert esp is not None
+    instance.draft.blind_on_fault.append((esp - 4 * MAX_LEVEL, 4 * MAX_LEVEL))
     instance.immediates = struct.pack("<HB", size, level)
+
+
+MAX_LEVEL = 32  # frame pointers that ENTER pushes, its own included
 
 
 def _string(instance: Instance) -> None:

@@ -62,12 +62,18 @@ class Blind:
 
     eflags: int = 0
     memory: tuple[tuple[int, int], ...] = ()
-    x87_status: int = 0
+    memory_on_fault: tuple[tuple[int, int], ...] = ()  # stores of an instruction that then faults
+    registers_on_fault: tuple[int, ...] = ()  # loaded by an instruction that then faults
+    fault_page_only: bool = False  # which byte of a long operand faults first is up to the processor
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The input of one run.  `rows` names the table rows it exercises, `group` the line of the report."""
+    """The input of one run.  `rows` names the table rows it exercises, `group` the line of the report.
+
+    The host always runs it at CPL 3; with `cpl` 0 the guest runs it as kernel code, which must be the same
+    for what isn't privileged.
+    """
 
     eip: int
     regs: tuple[int, ...]
@@ -78,6 +84,7 @@ class Case:
     rows: tuple[str, ...] = ()
     group: str = ""
     blind: Blind = Blind()
+    cpl: int = 3
 
     def code(self) -> bytes:
         """The bytes from eip on that were generated, as far as their page goes and the next one exists."""
@@ -103,9 +110,12 @@ class Stop:
     error: int = 0
     va: int = 0
 
-    def without_fetch_bit(self) -> Stop:
-        """A host with NX reports instruction fetches in the error code, a guest without it doesn't."""
-        return replace(self, error=self.error & ~PF_FETCH) if self.vector == PAGE_FAULT else self
+    def comparable(self, page_only: bool) -> Stop:
+        """Without the fetch bit of a #PF's error code, which a host with NX sets and a guest without NX doesn't."""
+        if self.vector != PAGE_FAULT:
+            return self
+        va = self.va & -PAGE_SIZE if page_only else self.va
+        return replace(self, error=self.error & ~PF_FETCH, va=va)
 
     def __str__(self) -> str:
         if self.kind != "fault":
@@ -157,7 +167,7 @@ def _compare_fx(case: Case, a: bytes, b: bytes) -> list[str]:
     out = []
     for name, offset, size, mask in (
         ("FCW", FX_CONTROL, 2, 0xFFFF),
-        ("FSW", FX_STATUS, 2, 0xFFFF & ~case.blind.x87_status),
+        ("FSW", FX_STATUS, 2, 0xFFFF),
         ("FTW", FX_TAGS, 1, 0xFF),
         ("MXCSR", FX_MXCSR, 4, 0xFFFFFFFF),
     ):
@@ -174,7 +184,9 @@ def _compare_fx(case: Case, a: bytes, b: bytes) -> list[str]:
     return out
 
 
-def _compare_memory(case: Case, a: dict[int, bytes], b: dict[int, bytes]) -> list[str]:
+def _compare_memory(
+    case: Case, a: dict[int, bytes], b: dict[int, bytes], blind: tuple[tuple[int, int], ...]
+) -> list[str]:
     out = []
     initial = {page.va: page.data for page in case.pages}
     for va in sorted(a.keys() | b.keys()):
@@ -184,7 +196,7 @@ def _compare_memory(case: Case, a: dict[int, bytes], b: dict[int, bytes]) -> lis
             continue
         if x == y:
             continue
-        different = [i for i in range(PAGE_SIZE) if x[i] != y[i] and not _is_blind(case, va + i)]
+        different = [i for i in range(PAGE_SIZE) if x[i] != y[i] and not _is_blind(blind, va + i)]
         if different:
             first, last = different[0], different[-1] + 1
             last = min(last, first + 32)
@@ -195,21 +207,23 @@ def _compare_memory(case: Case, a: dict[int, bytes], b: dict[int, bytes]) -> lis
     return out
 
 
-def _is_blind(case: Case, va: int) -> bool:
-    return any(start <= va < start + length for start, length in case.blind.memory)
+def _is_blind(ranges: tuple[tuple[int, int], ...], va: int) -> bool:
+    return any(start <= va < start + length for start, length in ranges)
 
 
 def differences(case: Case, expected: CpuState, got: CpuState) -> list[str]:
     """One line per difference; empty when the outcomes agree under the case's masks."""
     out = []
     a, b = expected, got
-    if a.stop != b.stop and a.stop.without_fetch_bit() != b.stop.without_fetch_bit():
+    page_only = case.blind.fault_page_only
+    if a.stop != b.stop and a.stop.comparable(page_only) != b.stop.comparable(page_only):
         out.append(f"stop: expected {a.stop}, got {b.stop}")
     if a.eip != b.eip:
         out.append(f"eip: expected {a.eip:#010x}, got {b.eip:#010x}")
     if a.regs != b.regs:
-        for name, x, y in zip(REG_NAMES, a.regs, b.regs, strict=True):
-            if x != y:
+        blind_registers = case.blind.registers_on_fault if a.stop.kind == "fault" else ()
+        for number, (name, x, y) in enumerate(zip(REG_NAMES, a.regs, b.regs, strict=True)):
+            if x != y and number not in blind_registers:
                 out.append(f"{name}: expected {x:#010x}, got {y:#010x}")
     wrong = (a.eflags ^ b.eflags) & COMPARED_FLAGS & ~case.blind.eflags
     if wrong:
@@ -219,7 +233,8 @@ def differences(case: Case, expected: CpuState, got: CpuState) -> list[str]:
     if a.fx != b.fx:
         out += _compare_fx(case, a.fx, b.fx)
     if a.changed != b.changed:
-        out += _compare_memory(case, a.changed, b.changed)
+        blind = case.blind.memory + (case.blind.memory_on_fault if a.stop.kind == "fault" else ())
+        out += _compare_memory(case, a.changed, b.changed, blind)
     return out
 
 

@@ -21,7 +21,8 @@ Opcode = tuple[int, int]  # map 0 to 3, byte
 ESCAPES = (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")
 PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 NOT_PROBED = {  # escapes, prefixes, far pointers that the host would follow, and what enters the host kernel
-    *((0, byte) for byte in (*PREFIXES, 0x0F, 0xCD, 0x9A, 0xEA)), (1, 0x38), (1, 0x3A), (1, 0x05), (1, 0x34), (1, 0x35),
+    *((0, byte) for byte in (*PREFIXES, 0x0F, 0xCD, 0x9A, 0xEA)),
+    (1, 0x38), (1, 0x3A), (1, 0x05), (1, 0x34), (1, 0x35),
 }  # fmt: skip
 
 HOST_HAS_MORE: dict[Opcode, str] = {
@@ -64,8 +65,8 @@ def _probes() -> Iterator[tuple[Opcode, bytes]]:
 
 def _case(code: bytes) -> Case:
     page = b"\xf4" * 0x100 + code
-    pages = (Page(CODE & -PAGE_SIZE, page.ljust(PAGE_SIZE, b"\xf4"), False),)
-    pages += tuple(Page(va, ZERO_PAGE, True) for va in (DATA, STACK))
+    code_page = Page(CODE & -PAGE_SIZE, page.ljust(PAGE_SIZE, b"\xf4"), False)
+    pages = (code_page, *(Page(va, ZERO_PAGE, True) for va in (DATA, STACK)))
     regs = [DATA] * 8
     regs[ESP] = STACK + 0x800
     return Case(CODE, tuple(regs), 0, fx_image(), pages, len(code))

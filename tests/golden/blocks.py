@@ -266,7 +266,7 @@ GROUPS: dict[str, tuple[Block, ...]] = {
         for mode in (KERNEL, modes.USER, modes.NO_FPU, modes.NO_SSE, modes.TSC_SIMULATED | modes.USER)
     ),
     "verify": (
-        Block("each instruction checks its bytes", "inc eax\nmov eax, [ebx]\njmp next\nnext: ret", verify=True),
+        Block("bytes are checked", "inc eax\nmov eax, [ebx]\njmp next\nnext: ret", verify=True),
         Block("call and loop", "call next\nnext: loop next\nsti\npopfd", modes.USER, True),
     ),
     "crossing": (

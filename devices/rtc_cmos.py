@@ -72,6 +72,7 @@ class RtcCmos(Device[RtcState]):
         """RESET clears the interrupt enables and flags; time and RAM have a battery [RESET]."""
         if not hasattr(self, "state"):
             self.state = self._power_on()
+        self._advance()
         cells = self.state.cells
         cells[B] &= ~(B_PIE | B_AIE | B_UIE | B_SQWE)
         cells[C] = 0

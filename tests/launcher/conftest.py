@@ -104,7 +104,8 @@ def wait_running(run_dir: Path) -> None:
         if not (run_dir / CONTROL).exists():
             return False
         rows = ask(run_dir / CONTROL, "ps", run_dir.name)["rows"]
-        return not any("starting" in row["state"] for row in rows)
+        nodes = {row["node"] for row in rows}
+        return "cpu0" in nodes and not any("starting" in row["state"] for row in rows)
 
     wait_until(running, f"{run_dir.name} runs")
 

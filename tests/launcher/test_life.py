@@ -183,7 +183,7 @@ def test_kill_9_of_a_part_ends_all(part: str, machine_file: Path, runtime: Path,
     (line,) = command.errors.decode().splitlines()
     assert f"{name} (pid {pid})" in line
     if part not in ("forkserver", "console"):
-        assert "was killed by SIGKILL; its last frame to the launcher was StatsReply" in line
+        assert "was killed by SIGKILL; its last frame to the launcher was " in line
     assert command.output == b"hello from a fake\r\n"
     assert_nothing_left(runtime)
 

@@ -14,7 +14,7 @@ from cpu_node.cache import CodeCache
 from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
 from cpu_node.line import PAGE, Line, page_line, single_line
-from cpu_node.paging import FRAME, US, P, PhysicalMemory, Walker
+from cpu_node.paging import FRAME, PS, US, P, PhysicalMemory, Walker
 from cpu_node.watch import Watch
 from cpu_node.window import CodePages, Space
 
@@ -114,13 +114,31 @@ class Contexts:
                 window.clear()
 
     def invlpg(self, va: int) -> None:
-        """Forget one page everywhere it may be cached."""
+        """Forget one page wherever it is cached, unless the page tables still say the same."""
         self.space.invlpg(va)
+        va_page = va >> 12
+        pa_page, user_may = self._look_up(va)
+        cr3 = self.space.cr3
         for table in self.kernel_tables.values():
-            table.drop_page(va >> 12)
+            if va_page in table.filled or va_page in table.crossing_into:
+                _drop_unless(table, va_page, pa_page)
         for (key, _), table in self.user_tables.items():
-            if key == self.space.cr3:
-                table.drop_page(va >> 12)
+            if key == cr3 and (va_page in table.filled or va_page in table.crossing_into):
+                _drop_unless(table, va_page, pa_page if user_may else -1)
+
+    def _look_up(self, va: int) -> tuple[int, bool]:
+        """(physical page or -1, is it the user's) by the page tables as they are, nothing set or raised."""
+        cr3 = self.space.cr3
+        if cr3 is None:
+            return va >> 12, True
+        memory = self.memory
+        pde = memory.entry(cr3 + (va >> 22 << 2))
+        if not pde & P:
+            return -1, False
+        if pde & PS and self.walker.big_pages:
+            return pde >> 22 << 10 | va >> 12 & 0x3FF, bool(pde & US)
+        pte = memory.entry((pde & FRAME) + (va >> 10 & 0xFFC))
+        return (pte >> 12 if pte & P else -1), bool(pde & pte & US)
 
     # ---- code
 
@@ -270,19 +288,20 @@ class Contexts:
         return not space.fill(walker, va, write, user) or own
 
 
+def _drop_unless(table: Table, va_page: int, pa_page: int) -> None:
+    """Forget a page's code unless it is that of `pa_page` and no instruction runs into it."""
+    line = table.lines.get(va_page)
+    if line is None or line.pa_pages[0] != pa_page or va_page in table.crossing_into:
+        table.drop_page(va_page)
+
+
 def _drop_changed(table: Table, pages: list[tuple[int, int]], bigs: list[int], user: bool) -> None:
     """Forget the code of pages whose entries no longer lead to it."""
     for va_page, entry in pages:
-        line = table.lines.get(va_page)
-        if line is not None and entry & P and entry >> 12 == line.pa_pages[0] and (entry & US or not user):
-            if va_page not in table.crossing_into:
-                continue
-        if line is not None or va_page in table.crossing_into or va_page in table.filled:
-            table.drop_page(va_page)
+        if va_page in table.filled or va_page in table.crossing_into:
+            kept = entry & P and (entry & US or not user)
+            _drop_unless(table, va_page, entry >> 12 if kept else -1)
     if bigs:
         gone = set(bigs)
         for va_page in [p for p in {*table.lines, *table.crossing_into, *table.filled} if p >> 10 in gone]:
             table.drop_page(va_page)
-
-
-__all__ = ["FRAME", "Contexts"]

@@ -72,7 +72,7 @@ def _write_cr0(cpu: Cpu, value: int) -> None:
     if not changed:
         return
     cpu.cr0 = value
-    if changed & (state.CR0_PG | state.CR0_PE):
+    if changed & (state.CR0_PG | state.CR0_PE | state.CR0_WP):
         cpu.hooks.flush_tlb(True)
     cpu.hooks.mode_changed()
 

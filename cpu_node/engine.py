@@ -32,10 +32,11 @@ from cpu_node.decode import decode
 from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, parse
 from cpu_node.errors import AC, DB, DE, GP, MF, NMI, UD, XM, GuestFault
 from cpu_node.flags import RF, TF, VM
+from cpu_node.line import PAGE, Line
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
 from cpu_node.rollback import roll_back
-from cpu_node.simulate import Simulator
+from cpu_node.simulate import Simulator, handler_of
 from cpu_node.single import Single
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Engine:
         self.cpu = Cpu(self.record, self.memory, self, model)
         self.single = Single(self.record, self.contexts.cache.code, self.cpu)
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
+        self.simulator.kick = self._kick
         self.stopping = False
         self.mode = modes.STEP
         self.exits: Counter[int] = Counter()
@@ -104,13 +106,17 @@ class Engine:
     def flush_tlb(self, global_too: bool) -> None:
         """Global pages are compared too: that is cheap, and an early flush is never wrong."""
         self.memory.forget()
-        self.walker.configure(self.cpu.cr0, self.cpu.cr3, self.cpu.cr4)
+        if self.walker.configure(self.cpu.cr0, self.cpu.cr3, self.cpu.cr4):
+            self.contexts.configuration_changed()
         self.contexts.flush()
         self._mode_dirty = True
 
     def invlpg(self, va: int) -> None:
         self.memory.forget()
         self.contexts.invlpg(va)
+
+    def _kick(self) -> None:
+        self.record.d[at.KICK // 4] = 1
 
     def mode_changed(self) -> None:
         self._mode_dirty = True
@@ -160,7 +166,7 @@ class Engine:
         """Until `stopping`. Raises TripleFault."""
         record, cpu = self.record, self.cpu
         d, q, enter, exits = record.d, record.q, record.enter, self.exits
-        contexts = self.contexts
+        contexts, simulator = self.contexts, self.simulator
         kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
         system_flags = at.SYSTEM_FLAGS // 4
         handlers = self._handlers()
@@ -185,16 +191,33 @@ class Engine:
                 if reason <= at.EXIT_INDIRECT:  # chain, indirect
                     cpu.eip = d[eip_at]
                 elif reason == at.EXIT_SIMULATE:
-                    cpu.eip = d[eip_at]
-                    row = self.simulator.step()
-                    if row.mnemonic == "wrmsr":
-                        d[kick] = 1  # the local APIC's deadline may be another
+                    eip = cpu.eip = d[eip_at]
+                    line = contexts.table.lines.get(eip >> 12)
+                    known = line.simulated.get(eip & 0xFFF) if line is not None else None
+                    if known is None:
+                        self._simulate_new(line)
+                    else:
+                        handler, insn, simulator.text, cpu.eip = known
+                        try:
+                            handler(simulator, insn)
+                        except GuestFault:
+                            cpu.eip = eip
+                            raise
                     if cpu.pending_debug:
                         self._debug_trap()
                 else:
                     handlers[reason]()
             except GuestFault as fault:
                 self.fault(fault)
+
+    def _simulate_new(self, line: Line | None) -> None:
+        """An instruction of translated code that meets the simulator for the first time; keep what it is."""
+        simulator, eip = self.simulator, self.cpu.eip
+        insn = simulator.fetch()
+        if line is not None and (eip & 0xFFF) + insn.length <= PAGE:
+            following = eip + insn.length & 0xFFFFFFFF
+            line.simulated[eip & 0xFFF] = (handler_of(insn.row), insn, simulator.text, following)
+        simulator.step()
 
     def _handlers(self) -> dict[int, Callable[[], None]]:
         return {at.EXIT_STALE: self._stale, at.EXIT_FAULT: self._host_fault, at.EXIT_SIGNAL: self._signal,

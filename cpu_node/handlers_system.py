@@ -17,21 +17,17 @@ from cpu_node.descriptor import DS, ES, FS, GS, SS
 from cpu_node.errors import DE, UD, GuestFault
 
 if TYPE_CHECKING:
-    from cpu_node.simulate import Simulator
+    from cpu_node.simulate import Handler, Simulator
+    from cpu_node.table import Row
 
 _SEGMENTS = {"ES": ES, "SS": SS, "DS": DS, "FS": FS, "GS": GS}
 _LOADS = {"les": ES, "lds": DS, "lss": SS, "lfs": FS, "lgs": GS}
 _ZF, _CF, _AF = 0x40, 0x01, 0x10
 
 
-def execute(sim: Simulator, insn: Insn) -> None:
-    """Run an instruction whose action is `sim` or `stop`."""
-    row = insn.row
-    handler = HANDLERS.get((row.map, row.opcode)) or NAMED.get(row.mnemonic)
-    if handler is None:  # a plain instruction in a shape the translator doesn't do
-        sim.single.execute(insn, sim.text)
-    else:
-        handler(sim, insn)
+def handler_of(row: Row) -> Handler | None:
+    """What runs a row whose action is `sim` or `stop`; None: nothing special, the host can execute it."""
+    return HANDLERS.get((row.map, row.opcode)) or NAMED.get(row.mnemonic)
 
 
 # ---- segments
@@ -211,6 +207,11 @@ def _move_control(sim: Simulator, insn: Insn) -> None:
         control.write_dr(cpu, insn.reg, cpu.regs[insn.rm])
 
 
+def _wrmsr(sim: Simulator, insn: Insn) -> None:
+    msr.wrmsr(sim.cpu)
+    sim.kick()  # the local APIC's deadline may be another
+
+
 # ---- decimal arithmetic, which 64-bit mode lacks
 
 
@@ -271,7 +272,7 @@ def _salc(sim: Simulator, insn: Insn) -> None:
     sim.write_reg(EAX, 1, 0xFF if sim.cpu.eflags & _CF else 0)
 
 
-HANDLERS: dict[tuple[int, int], Callable[[Simulator, Insn], None]] = {
+HANDLERS: dict[tuple[int, int], Handler] = {
     (0, 0x8E): _load_segment,
     (0, 0x07): _pop_segment, (0, 0x17): _pop_segment, (0, 0x1F): _pop_segment,
     (1, 0xA1): _pop_segment, (1, 0xA9): _pop_segment,
@@ -283,7 +284,7 @@ HANDLERS: dict[tuple[int, int], Callable[[Simulator, Insn], None]] = {
     (0, 0x6E): handlers_string.port_out, (0, 0x6F): handlers_string.port_out,
 }  # fmt: skip
 
-NAMED: dict[str, Callable[[Simulator, Insn], None]] = {
+NAMED: dict[str, Handler] = {
     **dict.fromkeys(_LOADS, _load_far),
     "lar": _rights, "lsl": _rights, "verr": _verify, "verw": _verify, "arpl": _arpl,
     "sldt": _store_word(lambda sim: segments.sldt(sim.cpu)),
@@ -299,7 +300,7 @@ NAMED: dict[str, Callable[[Simulator, Insn], None]] = {
     "wbinvd": lambda sim, insn: control.wbinvd(sim.cpu),
     "hlt": lambda sim, insn: control.hlt(sim.cpu),
     "rdmsr": lambda sim, insn: msr.rdmsr(sim.cpu),
-    "wrmsr": lambda sim, insn: msr.wrmsr(sim.cpu),
+    "wrmsr": _wrmsr,
     "rdpmc": lambda sim, insn: msr.rdpmc(sim.cpu),
     "cpuid": lambda sim, insn: cpuid.cpuid(sim.cpu),
     "sysenter": lambda sim, insn: far.sysenter(sim.cpu),

@@ -7,11 +7,18 @@ Left out: translations shared between linear addresses (host code holds guest ad
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cpu_node.decode import Insn
+
 if TYPE_CHECKING:
     from cpu_node.dispatch import Table
+    from cpu_node.simulate import Simulator
+
+# An instruction left to the simulator: its handler, itself, its bytes, the address behind it.
+Simulated = tuple[Callable[["Simulator", Insn], None], Insn, bytes, int]
 
 PAGE = 4096
 PADDING = bytes(16)  # behind a page, so that decoding never runs off the end
@@ -32,6 +39,7 @@ class Line:
     host: dict[int, int] = field(default_factory=dict)  # offset -> offset in the code cache
     waiting: dict[int, list[int]] = field(default_factory=dict)  # offset -> ends of rel32 to patch
     tables: set[Table] = field(default_factory=set)
+    simulated: dict[int, Simulated] = field(default_factory=dict)  # by offset
 
 
 @dataclass(slots=True, eq=False)

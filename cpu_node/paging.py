@@ -50,12 +50,14 @@ class Walker:
         self.write_protect = False
         self.big_pages = False
 
-    def configure(self, cr0: int, cr3: int, cr4: int) -> None:
-        """Take over what CR0.PG, CR0.WP, CR3 and CR4.PSE say."""
+    def configure(self, cr0: int, cr3: int, cr4: int) -> bool:
+        """Take over what CR0.PG, CR0.WP, CR3 and CR4.PSE say; True when entries mean something else now."""
+        before = self.write_protect, self.big_pages
         self.paging = bool(cr0 & 0x8000_0000)
         self.write_protect = bool(cr0 & 0x1_0000)
         self.cr3 = cr3 & FRAME
         self.big_pages = bool(cr4 & 0x10)
+        return before != (self.write_protect, self.big_pages)
 
     def walk(self, va: int, write: bool, user: bool) -> tuple[int, int, int, int]:
         """(pa, leaf entry, entry's pa or -1, page size) after setting A and D.
@@ -207,7 +209,7 @@ class GuestMemory:
             self.translate(va, True, user)
         last = va + length - 1 & 0xFFFFFFFF
         if last >> 12 != va >> 12 and length:
-            self.translate(last, True, user)
+            self.translate(last & FRAME, True, user)
 
     def read32s(self, va: int, count: int, user: bool = False) -> Sequence[int]:
         """`count` dwords from ascending addresses."""

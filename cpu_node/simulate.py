@@ -10,6 +10,7 @@ Left out: nothing the table has a row for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ class Simulator:
         self.single = single
         self.platform = platform
         self.text = b""
+        self.kick: Callable[[], None] = lambda: None  # interrupts may have changed: have them looked at
         self._decoded: dict[tuple[bytes, bool], Insn] = {}
 
     @property
@@ -92,18 +94,9 @@ class Simulator:
 
     def execute(self, insn: Insn) -> None:
         """Run a decoded instruction; cpu.eip is behind it."""
-        row = insn.row
-        if row.group in ("x87", "mmx", "sse"):
-            self._check_fpu(row.group, row.opcode)
-        handler = HANDLERS.get(row.action)
-        if handler is not None:
-            handler(self, insn)
-        elif row.action in ("sim", "stop"):
-            handlers_system.execute(self, insn)
-        else:
-            self.single.execute(insn, self.text)
+        handler_of(insn.row)(self, insn)
 
-    def _check_fpu(self, group: str, opcode: int) -> None:
+    def check_fpu(self, group: str, opcode: int) -> None:
         """#NM and #UD by CR0 and CR4 [vol. 3 2.5, table 2-2; 13.1]."""
         cr0 = self.cpu.cr0
         if group == "x87":
@@ -167,3 +160,25 @@ class Simulator:
 
 
 HANDLERS: dict[str, Handler] = {**handlers_stack.HANDLERS, **handlers_string.HANDLERS}
+
+
+@functools.cache
+def handler_of(row: Row) -> Handler:
+    """What executes a row's instructions."""
+    handler = HANDLERS.get(row.action)
+    if handler is None and row.action in ("sim", "stop"):
+        handler = handlers_system.handler_of(row)
+    if handler is None:  # plain, or in a shape the translator doesn't do
+        handler = _native
+    if row.group in ("x87", "mmx", "sse"):
+        return functools.partial(_with_fpu, handler)
+    return handler
+
+
+def _native(sim: Simulator, insn: Insn) -> None:
+    sim.single.execute(insn, sim.text)
+
+
+def _with_fpu(handler: Handler, sim: Simulator, insn: Insn) -> None:
+    sim.check_fpu(insn.row.group, insn.row.opcode)
+    handler(sim, insn)

@@ -61,7 +61,7 @@ class Watch:
             return pages, []
         self._directory = (cr3, now)
         entries = memoryview(now).cast("I")
-        bigs = [va_big for va_big, old in self.pdes.items() if _claims_more(old, entries[va_big])]
+        bigs = [va_big for va_big, old in self.pdes.items() if claims_more(old, entries[va_big])]
         for va_big in bigs:
             self._forget(va_big)
         return pages, bigs
@@ -81,7 +81,7 @@ class Watch:
         self._directory = (-1, b"")
 
 
-def _claims_more(old: int, new: int) -> bool:
+def claims_more(old: int, new: int) -> bool:
     """Did a directory entry change in what it grants or where it points?"""
     return bool((old ^ new) & (RIGHTS | FRAME) or (old & PS and old & ~new & (A | D)))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
-from cpu_node.watch import RIGHTS, Watch
+from cpu_node.watch import RIGHTS, Watch, claims_more
 
 _AHEAD = 64  # pages mapped along with one that faulted, at most
 _free: list[int] = list(range(at.WINDOW_COUNT - 2, 0, -1))
@@ -261,12 +261,20 @@ class Space:
         window.map_small(va_page, pa_page, len(entries), writable, entries)
 
     def invlpg(self, va: int) -> None:
-        """Drop what maps `va`."""
+        """Drop what maps `va` beyond what its page-table entries say now."""
+        if self.cr3 is None:
+            return
+        memory, va_big, va_page = self.memory, va >> 22, va >> 12
         for window in self.windows:
-            if va >> 22 in window.big:
-                window.drop_big(va >> 22)
-            else:
-                window.drop_small((va >> 12,))
+            big = window.big.get(va_big)
+            if big is not None:
+                if claims_more(big[2], memory.entry(self.cr3 + 4 * va_big)):
+                    window.drop_big(va_big)
+            elif va_page in window.small:
+                pde = memory.entry(self.cr3 + 4 * va_big)
+                pte = memory.entry((pde & FRAME) + (va_page & 0x3FF) * 4) if pde & P and not pde & PS else 0
+                if window.outdated(va_page, pte & (pde | ~(RW | US))):
+                    window.drop_small((va_page,))
 
     def resync(self) -> tuple[list[tuple[int, int]], list[int]]:
         """Drop what the page tables no longer say; returns what Watch.changes found."""

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from bus.frames import Event
 from launcher.errors import one_line
+from launcher.options import LEVELS
 from launcher.pump import Pump
 
-LEVELS = ("debug", "info", "warning", "error")
-DEFAULT_LEVEL = "warning"
 LEVEL_OF_KIND = {
     "open-bus": "info",  # every Linux probes for things that aren't there
     "unknown-msr": "info",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_MEANINGS, EXIT_OK, ConfigError, ending
+from launcher.options import DEFAULT_LEVEL, LEVELS
 from launcher.signals import die_quietly
 
 if TYPE_CHECKING:
     from launcher.checks import HostFacts
     from launcher.entries import EntryPoints
 
-LEVELS = ("debug", "info", "warning", "error")
 DESCRIPTION = "Run PCs whose every part is a process. A machine is described by a machine.toml file."
 EPILOG = "\n".join(
     [
@@ -81,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "console and its end just stops that.",
     )
     up.add_argument("machine", type=Path, metavar="MACHINE.toml", help="the machine file")
-    up.add_argument(
-        "--detach", action="store_true", help="return when it runs, and leave it running"
-    )
+    up.add_argument("--detach", action="store_true", help="return when it runs, and leave it running")
     up.add_argument("--name", help="call the machine this instead of the file's machine.name")
     up.add_argument("--until", type=_text, metavar="TEXT", help="end the machine when TEXT is on its console")
     up.add_argument(
@@ -92,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--log-level",
         choices=LEVELS,
-        default="warning",
-        help="what the processes report here (default: warning; info adds accesses to ports nobody owns)",
+        default=DEFAULT_LEVEL,
+        help="what the processes report here (default: %(default)s; info adds accesses to ports nobody owns)",
     )
     up.add_argument(
         "--on-reset",

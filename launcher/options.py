@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+LEVELS = ("debug", "info", "warning", "error")
+DEFAULT_LEVEL = "warning"
+
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:

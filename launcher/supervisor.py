@@ -24,12 +24,13 @@ from launcher.control import ControlServer
 from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
 from launcher.forkserver import Child, ChildSpec, ForkServer
 from launcher.journal import Journal
+from launcher.plan import CPU, MEMORY
 from launcher.pump import Pump
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 from memory_node.client import MemoryClient, MemoryRefused
 
-LAUNCHER, MEMORY, CPU = "launcher", "memory", "cpu0"
+LAUNCHER = "launcher"
 SECOND_NS = 1_000_000_000
 START_S = 60.0  # for all processes to say "ready"; a busy host is slow, not broken
 LAST_WORDS_S = 0.2  # for events that a process sent before it ended

@@ -1,4 +1,4 @@
-"""Rules that every registered device obeys: one parametrised file, no copies per device.
+"""Rules that every built-in device obeys, and the example in docs: one file, no copies per device.
 
 A history is a list of steps: accesses of declared registers, input as far as there is room, lines and
 acknowledgements for controllers, time that passes. After any history a device can be replaced by a new one
@@ -11,6 +11,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -27,10 +28,12 @@ from tests.contract.phrases import BYTES, PHRASES
 START_NS = 1_700_000_000_000
 MAX_ON_TIME = 20
 SETTINGS: dict[str, dict[str, Any]] = {"rtc_cmos": {"wall_offset_ns": 1_700_000_000_123_456_789}}
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "watchdog.py"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SETTINGS.get(name, {})) for name in BUILT_IN},
     "acpi_pm-24": ("acpi_pm", {"timer_bits": 24}),
     "ioapic-pin0": ("ioapic", {"irq0_pin": 0}),
+    "docs-example": (f"{EXAMPLE}:Watchdog", {}),
 }
 every_device = pytest.mark.parametrize("variant", VARIANTS)
 

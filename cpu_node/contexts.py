@@ -15,7 +15,7 @@ from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
 from cpu_node.line import PAGE, Line, page_line, single_line
 from cpu_node.paging import FRAME, PS, US, P, PhysicalMemory, Walker
-from cpu_node.watch import Watch
+from cpu_node.watch import Watch, claims_more
 from cpu_node.window import CodePages, Space
 
 MAX_SPACES = 48
@@ -108,10 +108,14 @@ class Contexts:
                     _drop_changed(table, pages, bigs, True)
 
     def configuration_changed(self) -> None:
-        """CR0.WP or CR4.PSE changed: no window may keep what it derived."""
+        """CR0.WP or CR4.PSE changed: nothing may be kept that was derived from page tables."""
         for space in self.spaces.values():
             for window in space.windows:
                 window.clear()
+            space.watch.clear()
+        for table in (*self.kernel_tables.values(), *self.user_tables.values()):
+            table.clear()
+        self.kernel_watch.clear()
 
     def invlpg(self, va: int) -> None:
         """Forget one page wherever it is cached, unless the page tables still say the same."""
@@ -119,12 +123,25 @@ class Contexts:
         va_page = va >> 12
         pa_page, user_may = self._look_up(va)
         cr3 = self.space.cr3
+        bigs = self._big_moved(self.kernel_watch, va >> 22)
         for table in self.kernel_tables.values():
-            if va_page in table.filled or va_page in table.crossing_into:
+            if bigs:
+                _drop_changed(table, [], bigs, False)
+            elif va_page in table.filled or va_page in table.crossing_into:
                 _drop_unless(table, va_page, pa_page)
+        bigs = self._big_moved(self.space.watch, va >> 22)
         for (key, _), table in self.user_tables.items():
-            if key == cr3 and (va_page in table.filled or va_page in table.crossing_into):
+            if key == cr3 and bigs:
+                _drop_changed(table, [], bigs, True)
+            elif key == cr3 and (va_page in table.filled or va_page in table.crossing_into):
                 _drop_unless(table, va_page, pa_page if user_may else -1)
+
+    def _big_moved(self, watch: Watch, va_big: int) -> list[int]:
+        """[va_big] where code may come from a 4 MiB page that is no more: INVLPG drops all of it."""
+        old, cr3 = watch.pdes.get(va_big, 0), self.space.cr3
+        if cr3 is None or not old & PS or not claims_more(old, self.memory.entry(cr3 + 4 * va_big)):
+            return []
+        return [va_big]
 
     def _look_up(self, va: int) -> tuple[int, bool]:
         """(physical page or -1, is it the user's) by the page tables as they are, nothing set or raised."""

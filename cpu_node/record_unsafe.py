@@ -32,7 +32,7 @@ class Registers(MutableSequence[int]):
     def __getitem__(self, i: int | slice) -> int | MutableSequence[int]:
         if isinstance(i, slice):
             return [self._d[_REG0 + 2 * n] for n in range(8)[i]]
-        return self._d[_REG0 + 2 * i]  # type: ignore[no-any-return]
+        return self._d[_REG0 + 2 * i]
 
     @overload
     def __setitem__(self, i: int, value: int) -> None: ...

@@ -20,6 +20,9 @@ class Watch:
         self._tables: dict[int, bytearray] = {}  # page table (pa) -> content last compared or derived from
         self._covers: dict[int, set[int]] = {}  # page table (pa) -> linear 4 MiB pages it maps
         self._directory: tuple[int, bytes] = (-1, b"")  # (cr3, content) when last compared
+        # What was derived from an entry that had become another when it was used again, before a comparison:
+        self._again: set[tuple[int, int]] = set()  # (page table, index)
+        self._bigs_again: set[int] = set()  # linear 4 MiB pages
 
     def add(self, va: int, entry_pa: int, cr3: int, count: int = 1) -> None:
         """`va` was walked in directory `cr3`; `count` leaf entries from `entry_pa` on are made use of.
@@ -29,7 +32,10 @@ class Watch:
         """
         va_big, table = va >> 22, entry_pa & FRAME
         pde = int(self.memory.dwords[(cr3 >> 2) + va_big])
-        if self.pdes.get(va_big) != pde:
+        old = self.pdes.get(va_big)
+        if old != pde:
+            if old is not None and claims_more(old, pde):
+                self._bigs_again.add(va_big)
             self.pdes[va_big] = pde
             self._directory = (-1, b"")
         if not pde & PS:
@@ -38,8 +44,17 @@ class Watch:
                 self._tables[table] = bytearray(ram[table : table + 4096])
             else:
                 first, last = entry_pa - table, entry_pa - table + 4 * count
-                copy[first:last] = ram[table + first : table + last]
+                now = ram[table + first : table + last]
+                if copy[first:last] != now:
+                    self._note_replaced(table, first >> 2, copy[first:last], now)
+                    copy[first:last] = now
             self._covers.setdefault(table, set()).add(va_big)
+
+    def _note_replaced(self, table: int, index: int, before: bytearray, now: bytes) -> None:
+        pairs = zip(memoryview(before).cast("I"), memoryview(now).cast("I"), strict=True)
+        for k, (old, new) in enumerate(pairs):
+            if old & P and ((old ^ new) & FRAME or old & ~new & (P | RW | US | A | D)):
+                self._again.add((table, index + k))
 
     def changes(self, cr3: int) -> tuple[list[tuple[int, int]], list[int]]:
         """What differs from the last call, seen through directory `cr3`.
@@ -48,20 +63,24 @@ class Watch:
         directory entries grant something else; those are forgotten.
         """
         ram = self.memory.ram
-        pages: list[tuple[int, int]] = []
+        pages = [(va_big << 10 | index, int(self.memory.dwords[(table >> 2) + index]))
+                 for table, index in self._again for va_big in self._covers.get(table, ())]
         for table, copy in list(self._tables.items()):
             now = ram[table : table + 4096]
             if now != copy:
                 self._tables[table] = bytearray(now)
-                changed = _differences(copy, now)
+                changed = [d for d in _differences(copy, now) if (table, d[0]) not in self._again]
                 for va_big in self._covers[table]:
                     pages += [(va_big << 10 | index, new) for index, new in changed]
+        self._again.clear()
         now = ram[cr3 : cr3 + 4096]
         if self._directory == (cr3, now):
             return pages, []
         self._directory = (cr3, now)
         entries = memoryview(now).cast("I")
-        bigs = [va_big for va_big, old in self.pdes.items() if claims_more(old, entries[va_big])]
+        bigs = [va_big for va_big, old in self.pdes.items()
+                if va_big in self._bigs_again or claims_more(old, entries[va_big])]
+        self._bigs_again.clear()
         for va_big in bigs:
             self._forget(va_big)
         return pages, bigs
@@ -79,6 +98,8 @@ class Watch:
         self._tables.clear()
         self._covers.clear()
         self._directory = (-1, b"")
+        self._again.clear()
+        self._bigs_again.clear()
 
 
 def claims_more(old: int, new: int) -> bool:

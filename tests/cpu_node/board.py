@@ -134,13 +134,17 @@ class Board:
         cpu.cr0 |= CR0_PE | CR0_ET | CR0_NE | CR0_WP
         cpu.cr4 |= CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_PSE
         cpu.cr0 &= ~0x6000_0000
+        self.flat_segments(cpl)
+        self.engine.flush_tlb(True)
+
+    def flat_segments(self, cpl: int) -> None:
+        """Flat segments and the stack of `cpl`; nothing is flushed."""
         code, data = (CODE3, DATA3) if cpl == 3 else (CODE0, DATA0)
-        cpu.cpl = cpl
+        self.cpu.cpl = cpl
         for index in range(6):
             selector = code if index == CS else data
             self.segment(index, parse(selector, self.peek64(GDT + (selector & ~7))))
         self.regs[ESP] = STACK3 if cpl == 3 else STACK
-        self.engine.flush_tlb(True)
         self.engine.mode_changed()
 
     def segment(self, index: int, segment: Segment) -> None:

@@ -24,7 +24,7 @@ CR_WRITES = [
     (0, 0x11, 0x80000010, (GP, 0), None),  # PG without PE
     (0, 0x11, 0x20000011, (GP, 0), None),  # NW without CD
     (0, 0x11, 0x60000011, 0x60000011, [MODE]),
-    (0, 0x11, 0x00010001, 0x00010011, [MODE]),  # WP; ET can't be cleared
+    (0, 0x11, 0x00010001, 0x00010011, [FLUSH_ALL, MODE]),  # WP; ET can't be cleared
     (0, 0x11, 0x1FFAFFD1, 0x00000011, []),  # reserved bits are ignored
     (0, 0x11, 0x00000010, 0x00000010, [FLUSH_ALL, MODE]),
     (0, 0x11, 0x0000001F, 0x0000001F, [MODE]),

@@ -14,7 +14,7 @@ from cpu_node import tasks
 from cpu_node.cpu import EAX, ECX, EDI, EDX, ESI
 from cpu_node.decode import ES, Insn
 from cpu_node.errors import MF, GuestFault
-from cpu_node.flags import DF
+from cpu_node.flags import DF, TF
 from cpu_node.layout import FX
 
 if TYPE_CHECKING:
@@ -106,6 +106,9 @@ def mask_move(sim: Simulator, insn: Insn) -> None:
         if mask[n] & 0x80:
             sim.memory.write8(va + n & 0xFFFFFFFF, source[n], sim.user)
     if mmx:  # as every MMX instruction: TOP = 0, all registers in use [vol. 1 9.5.1]
+        top = fx[FX + 3] >> 3 & 7
+        st = bytes(fx[FX + 32 : FX + 160])  # by distance from TOP
+        fx[FX + 32 : FX + 160] = st[16 * (8 - top) :] + st[: 16 * (8 - top)]
         fx[FX + 3] &= ~_TOP
         fx[FX + 4] = 0xFF
 
@@ -138,7 +141,7 @@ def _repeat(sim: Simulator, insn: Insn, element: Callable[[], bool]) -> None:
         return
     cpu = sim.cpu
     mask = 0xFFFF if insn.addr16 else 0xFFFFFFFF
-    for _ in range(BURST):
+    for _ in range(1 if cpu.eflags & TF else BURST):  # single steps stop after every element
         old = cpu.regs[ECX]
         if not old & mask:
             return

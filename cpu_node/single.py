@@ -21,6 +21,8 @@ from cpu_node.record_unsafe import Record
 _HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 19: XM}  # host vector -> guest vector
 _FX_WRITTEN = 288  # FXSAVE in 32-bit mode leaves the rest alone [vol. 2, FXSAVE]
 _OPERAND = 0x400  # of the scratch page
+_ES = 0x80  # in the x87 status word: an unmasked exception is pending
+_NOT_WAITING = frozenset(("fnstenv", "fnstcw", "fnsave", "fnstsw"))
 _UNALIGNED = frozenset(  # operands of 16 bytes and more that may lie anywhere
     ("movups", "movupd", "movdqu", "lddqu", "pcmpestri", "pcmpestrm", "pcmpistri", "pcmpistrm", "fnsave", "frstor",
      "fnstenv", "fldenv")
@@ -151,6 +153,9 @@ class Single:
         user = cpu.cpl == 3
         access = insn.row.access
         va = self.linear(segment, offset, width, access in "wm")
+        if insn.row.group in ("x87", "mmx") and self.record.b[at.FX + 2] & _ES and (
+                insn.row.mnemonic not in _NOT_WAITING):
+            raise GuestFault(MF)  # before any #PF
         if width >= 16 and va & 15 and insn.row.mnemonic not in _UNALIGNED:
             raise GuestFault(GP, 0)  # before any #PF
         if access in "wm":

@@ -103,8 +103,8 @@ class Window:
         gone = sorted(p for p in pages if p in small)
         for va_page in gone:
             rmap[small.pop(va_page)[0]].discard((self, va_page))
-        for va_page, run in _runs(gone):
-            host.reserve(self.ha + (va_page << 12), run << 12)
+        for va_page, run in _runs(gone):  # a quarter of what unmapping costs
+            host.protect(self.ha + (va_page << 12), run << 12, host.PROT_NONE)
 
     def drop_big(self, va_big: int) -> None:
         """Unmap whatever a page-directory entry mapped."""

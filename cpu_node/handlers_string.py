@@ -99,18 +99,18 @@ def mask_move(sim: Simulator, insn: Insn) -> None:
     if mmx and fx[FX + 2] & _ES:
         raise GuestFault(MF)
     source, mask = (_mmx(fx, n) if mmx else _xmm(fx, n) for n in (insn.reg, insn.rm))
+    if mmx:  # TOP = 0, all registers in use [vol. 1 9.5.1]; hosts do so even if the store faults
+        top = fx[FX + 3] >> 3 & 7
+        st = bytes(fx[FX + 32 : FX + 160])  # by distance from TOP
+        fx[FX + 32 : FX + 160] = st[16 * (8 - top) :] + st[: 16 * (8 - top)]
+        fx[FX + 3] &= ~_TOP
+        fx[FX + 4] = 0xFF
     segment = 3 if insn.segment is None else insn.segment
     va = sim.single.linear(segment, _index(sim, insn, EDI), size, True)
     sim.memory.probe_write(va, size, sim.user)
     for n in range(size):
         if mask[n] & 0x80:
             sim.memory.write8(va + n & 0xFFFFFFFF, source[n], sim.user)
-    if mmx:  # as every MMX instruction: TOP = 0, all registers in use [vol. 1 9.5.1]
-        top = fx[FX + 3] >> 3 & 7
-        st = bytes(fx[FX + 32 : FX + 160])  # by distance from TOP
-        fx[FX + 32 : FX + 160] = st[16 * (8 - top) :] + st[: 16 * (8 - top)]
-        fx[FX + 3] &= ~_TOP
-        fx[FX + 4] = 0xFF
 
 
 def _xmm(record: memoryview, number: int) -> bytes:

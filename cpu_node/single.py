@@ -131,6 +131,9 @@ class Single:
         width = insn.row.memory_width(insn.opsize16)
         if width == 0:
             return
+        if insn.row.access == "-":  # CLFLUSH: checked as a load
+            self.cpu.memory.read8(self.linear(insn.default_segment, offset, width, False), self.cpu.cpl == 3)
+            return
         keep = None
         if insn.row.action == "bitstring":
             regs = self.cpu.regs

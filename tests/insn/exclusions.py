@@ -27,4 +27,18 @@ def why_excluded(row: Row) -> str | None:
     return EXCLUDED.get(row.mnemonic) or EXCLUDED_KEYS.get(row.key)
 
 
+# As kernel code (CPL 0) these do something else than at CPL 3, or push what differs there.
+PRIVILEGED_ACTIONS = frozenset(("cli", "sti", "popf", "pushseg", "movfromseg"))
+UNPRIVILEGED_SIMULATED = frozenset(
+    ("daa", "das", "aaa", "aas", "aam", "aad", "salc", "enter", "bound", "arpl", "ud2")
+)
+
+
+def same_at_cpl0(row: Row) -> bool:
+    """Kernel code may execute the row and must get what user code gets."""
+    if row.action in ("sim", "stop"):
+        return row.mnemonic in UNPRIVILEGED_SIMULATED
+    return row.action not in PRIVILEGED_ACTIONS
+
+
 TESTED_ROWS = tuple(row for row in ROWS if why_excluded(row) is None)

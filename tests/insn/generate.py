@@ -13,7 +13,7 @@ from random import Random
 from cpu_node.decode import Undefined, decode
 from cpu_node.table import ROWS, Row
 from tests.insn.draft import CODE, DATA, HIGH, Draft
-from tests.insn.exclusions import TESTED_ROWS
+from tests.insn.exclusions import TESTED_ROWS, same_at_cpl0
 from tests.insn.instance import Instance
 from tests.insn.prepare import prepare
 from tests.insn.state import DF, EAX, ECX, EDI, HLT, PAGE_SIZE, STATUS_FLAGS, Blind, Case, fx_image
@@ -67,7 +67,7 @@ def write(row: Row, draft: Draft) -> Instance:
         draft.blind_memory.append((instance.va + start, length))
         if row.mnemonic == "fxsave":
             draft.blind_memory.append((instance.va + FXSAVE_RESERVED[0], FXSAVE_RESERVED[1]))
-    draft.fault_page_only |= instance.width > 16
+    draft.fault_page_only |= instance.memory and instance.width > 16
     draft.emit(code)
     for reg in instance.touched:
         draft.spoil(reg)
@@ -130,6 +130,7 @@ class Generator:
             fx=fx,
             pages=pages,
             code_length=len(draft.code),
+            cpl=0 if chance(rng, 30) and all(same_at_cpl0(row) for row in rows) else 3,
             rows=tuple(f"{row.key} {row.mnemonic}" for row in rows),
             group=group,
             blind=Blind(

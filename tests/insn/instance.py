@@ -37,6 +37,9 @@ SIZED_ACTIONS = frozenset(
 WIDE_MNEMONICS = frozenset(("cwde", "cdq", "enter"))
 # With F3h these are other instructions on a host newer than the guest: TZCNT, LZCNT, WBNOINVD and so on.
 HOST_READS_REP = frozenset((0xBC, 0xBD, 0x09, 0x1E, 0x1A, 0x1B, 0xC7, 0xAE))
+# With 16-bit addresses they would fault, and processors differ in whether the MMX state is entered then.
+MASKED_MOVES = frozenset(("maskmovq", "maskmovdqu"))
+REP_CHANGES_CONDITION = frozenset(("loope", "loopne"))  # on AMD
 BRANCHES_SIZED_BY_66 = frozenset(("jcc", "jmp", "call", "icall", "ijmp", "loop", "ret"))
 FULL_ALIGNMENT = frozenset(
     ("movaps", "movapd", "movdqa", "movntps", "movntpd", "movntdq", "movntdqa", "fxsave", "fxrstor")
@@ -51,7 +54,7 @@ class Instance:
         self.undefined = row.undefined
         self.rep = 0
         self.size16 = row.prefix != PREFIX_66 and chance(self.rng, self._percent_66())
-        self.addr16 = chance(self.rng, 2.5) and not row.mnemonic.startswith("cmps")  # which of two faults?
+        self.addr16 = chance(self.rng, 2.5) and row.mnemonic not in MASKED_MOVES
         self.memory = row.mod == "m" or (row.mod != "r" and row.rm is None and self._may_be_memory())
         self.reg_field = self.rng.randrange(8) if row.ext is None else row.ext
         self.rm_field = self.rng.randrange(8) if row.rm is None else row.rm
@@ -202,7 +205,7 @@ class Instance:
 
     def _may_have_redundant_rep(self) -> bool:
         row = self.row
-        if row.prefix is not None or row.action == "string":
+        if row.prefix is not None or row.action == "string" or row.mnemonic in REP_CHANGES_CONDITION:
             return False
         return not (row.map == 1 and row.opcode in HOST_READS_REP)
 

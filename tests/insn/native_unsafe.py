@@ -23,6 +23,7 @@ import struct
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
 from tests.insn.state import (
+    AC,
     FX_SIZE,
     FX_XMM,
     FX_XMM_COUNT,
@@ -102,8 +103,12 @@ ENTER = f"""
 """  # the far jump follows, see _assemble
 
 # rdi = signal, rdx = ucontext.  The frame is copied while RSP is still on the alternate stack: afterwards a
-# tick may overwrite it.  A fault of the process itself ends it with status 139.
+# tick may overwrite it.  AC, if the case set it, would make faults of unaligned accesses here.
+# A fault of the process itself ends it with status 139.
 HANDLE = f"""
+    pushfq
+    and dword ptr [rsp], {~AC & 0xFFFFFFFF}
+    popfq
     movabs rax, {REGION + RECORD}
     cmp edi, {int(TICK_SIGNAL)}
     je tick

@@ -61,6 +61,10 @@ def _pusha(instance: Instance) -> None:
     if instance.row.action == "popa":
         instance.touched = [r for r in range(8) if r != ESP]
         instance.draft.blind_registers_on_fault = tuple(instance.touched)
+    else:
+        esp = instance.draft.initial[ESP]
+        assert esp is not None
+        instance.draft.blind_on_fault.append((esp - 8 * instance.operand_size, 8 * instance.operand_size))
     distance = 8 * instance.operand_size * (1 if instance.row.action == "popa" else -1)
     instance.after.append(lambda: instance.draft.move(ESP, distance))
 

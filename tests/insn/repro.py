@@ -1,17 +1,17 @@
 """`python -m tests.insn.repro SEED:INDEX`: runs a case natively and translated, shrinks it if they differ.
 
-`--native` runs it natively only; `--whole` doesn't shrink.
+`--whole` doesn't shrink, `--kind simulated` takes the simulator instead of the translator.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 
+from tests.insn.agree import NATIVE_ENDS
 from tests.insn.generate import Generator
 from tests.insn.shrink import shrink
 from tests.insn.state import COMPARED_FLAGS, REG_NAMES, Case, CpuState, describe, differences
-from tests.insn.worker import NATIVE, TRANSLATED, Worker
+from tests.insn.worker import NATIVE, SIMULATED, TRANSLATED, Worker
 
 
 def outcome_text(case: Case, state: CpuState) -> str:
@@ -26,36 +26,42 @@ def outcome_text(case: Case, state: CpuState) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.insn.repro", description=__doc__)
-    parser.add_argument("case", help="SEED:INDEX")
-    parser.add_argument("--native", action="store_true", help="run natively only")
-    parser.add_argument("--whole", action="store_true", help="don't shrink")
-    arguments = parser.parse_args()
-    seed, index = (int(part) for part in arguments.case.split(":"))
+def shrink_failure(seed: int, index: int, kind: str = TRANSLATED, whole: bool = False) -> str:
+    """The case, what it did natively and in the other runner, and the differences; shrunk unless `whole`."""
     case = Generator(seed).case(index)
-    with Worker(NATIVE) as native, Worker(TRANSLATED) as translated:
-        if arguments.native:
-            print(describe(case), outcome_text(case, native.run(case)), sep="\n")
-            return 0
+    with Worker(NATIVE) as native, Worker(kind) as other:
 
         def compare(candidate: Case) -> list[str]:
             expected = native.run(candidate)
-            if expected.stop.kind not in ("hlt", "fault"):
+            if expected.stop.kind not in NATIVE_ENDS:
                 return []
-            return differences(candidate, expected, translated.run(candidate))
+            return differences(candidate, expected, other.run(candidate))
 
         lines = compare(case)
-        if lines and not arguments.whole:
-            kind = {line.split()[0] for line in lines}
-            case = shrink(case, lambda c: bool(kind & {line.split()[0] for line in compare(c)}))
+        if lines and not whole:
+            kinds = {line.split()[0] for line in lines}
+            case = shrink(case, lambda c: bool(kinds & {line.split()[0] for line in compare(c)}))
             lines = compare(case)
-        print(describe(case))
-        print("native:", outcome_text(case, native.run(case)))
-        print("translated:", outcome_text(case, translated.run(case)))
-        print("\n".join(lines) or "they agree")
-        return 1 if lines else 0
+        return "\n".join(
+            (
+                f"case {seed}:{index}",
+                describe(case),
+                f"native: {outcome_text(case, native.run(case))}",
+                f"{kind}: {outcome_text(case, other.run(case))}",
+                *(lines or ["they agree"]),
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.insn.repro", description=__doc__)
+    parser.add_argument("case", help="SEED:INDEX")
+    parser.add_argument("--kind", default=TRANSLATED, choices=(TRANSLATED, SIMULATED))
+    parser.add_argument("--whole", action="store_true", help="don't shrink")
+    arguments = parser.parse_args()
+    seed, index = (int(part) for part in arguments.case.split(":"))
+    print(shrink_failure(seed, index, arguments.kind, arguments.whole))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -37,7 +37,7 @@ VECTOR_NAMES = {
     12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 19: "#XM",
 }  # fmt: skip
 DEBUG, BREAKPOINT, OVERFLOW, GENERAL_PROTECTION, PAGE_FAULT = 1, 3, 4, 13, 14
-PF_FETCH = 0x10  # error code of a #PF [6.15]
+PF_USER, PF_FETCH = 0x04, 0x10  # error code of a #PF [6.15]
 VECTORS_WITH_ERROR = frozenset({8, 10, 11, 12, 13, 14, 17})
 
 FX_SIZE = 512
@@ -110,12 +110,13 @@ class Stop:
     error: int = 0
     va: int = 0
 
-    def comparable(self, page_only: bool) -> Stop:
-        """Without the fetch bit of a #PF's error code, which a host with NX sets and a guest without NX doesn't."""
+    def comparable(self, case: Case) -> Stop:
+        """Of a #PF's error code: a host with NX sets the fetch bit; kernel code lacks the user bit."""
         if self.vector != PAGE_FAULT:
             return self
-        va = self.va & -PAGE_SIZE if page_only else self.va
-        return replace(self, error=self.error & ~PF_FETCH, va=va)
+        va = self.va & -PAGE_SIZE if case.blind.fault_page_only else self.va
+        hidden = PF_FETCH | (PF_USER if case.cpl == 0 else 0)
+        return replace(self, error=self.error & ~hidden, va=va)
 
     def __str__(self) -> str:
         if self.kind != "fault":
@@ -215,8 +216,7 @@ def differences(case: Case, expected: CpuState, got: CpuState) -> list[str]:
     """One line per difference; empty when the outcomes agree under the case's masks."""
     out = []
     a, b = expected, got
-    page_only = case.blind.fault_page_only
-    if a.stop != b.stop and a.stop.comparable(page_only) != b.stop.comparable(page_only):
+    if a.stop != b.stop and a.stop.comparable(case) != b.stop.comparable(case):
         out.append(f"stop: expected {a.stop}, got {b.stop}")
     if a.eip != b.eip:
         out.append(f"eip: expected {a.eip:#010x}, got {b.eip:#010x}")
@@ -254,7 +254,7 @@ def describe(case: Case) -> str:
     """The case for a person: code, registers, what is unusual about its FPU state, pages."""
     control, status, tags = struct.unpack_from("<HHB", case.fx)
     (mxcsr,) = struct.unpack_from("<I", case.fx, FX_MXCSR)
-    lines = [f"rows: {', '.join(case.rows)}", *disassemble(case)]
+    lines = [f"rows: {', '.join(case.rows)}; guest CPL {case.cpl}", *disassemble(case)]
     lines.append(" ".join(f"{n}={v:08x}" for n, v in zip(REG_NAMES, case.regs, strict=True)))
     lines.append(f"eflags={case.eflags:#x} ({_flag_names(case.eflags)})")
     lines.append(f"FCW={control:#06x} FSW={status:#06x} FTW={tags:#04x} MXCSR={mxcsr:#06x}")

@@ -4,6 +4,8 @@ The case's pages are guest physical pages behind real page tables.  At CPL 3 eve
 IDT and the TSS to a ring-0 handler that is just HLT, and the outcome is read from the frame that was pushed;
 at CPL 0, where a frame would go to the case's own stack, the fault is taken when it is raised.
 
+With `simulate` the simulator runs every instruction instead of the translator.
+
 Every fourth case starts with its code pages as "mixed" (self-verifying translations), every eighth with
 accessed and dirty bits clear.
 Source: Intel SDM volume 3, 6.11 to 6.13 (gates and frames), 4.3 (32-bit paging).
@@ -43,8 +45,8 @@ RAM_SIZE = 4 << 20
 IF = 0x200
 VECTORS = 32
 
-# The supervisor's own 4 KiB pages, at the top of the address space and at the bottom of RAM.
-SYSTEM = 0xFFFF0000
+# The supervisor's own pages, where random addresses seldom hit, and at the bottom of RAM.
+SYSTEM = 0x5E3A0000
 GDT, IDT, TSS, HANDLERS, RING0_STACK = (SYSTEM + n * PAGE_SIZE for n in range(5))
 SYSTEM_PAGES = 5
 PAGE_DIRECTORY = SYSTEM_PAGES * PAGE_SIZE  # pa; page tables and the cases' pages follow
@@ -131,7 +133,7 @@ class Frame:
 class TranslatedRunner:
     """`run(case) -> CpuState` in the translator.  One per process, for good (it installs signal handlers)."""
 
-    def __init__(self) -> None:
+    def __init__(self, simulate: bool = False) -> None:
         stubs_unsafe.install()
         fd = os.memfd_create("case-ram")
         os.ftruncate(fd, RAM_SIZE)
@@ -146,6 +148,9 @@ class TranslatedRunner:
         for selector in (USER_CODE, USER_DATA):
             self._segments[selector] = parse(selector, DESCRIPTORS[selector & ~3])
         self._set_up_system()
+        if simulate:  # an armed breakpoint (never reached): every instruction runs in the simulator
+            self._engine.cpu.dr[0], self._engine.cpu.dr[7] = SYSTEM + PAGE_SIZE - 1, 0x401
+            self._engine.mode_changed()
 
     def _dword(self, pa: int, value: int) -> None:
         struct.pack_into("<I", self._ram, pa, value)

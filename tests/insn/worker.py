@@ -1,8 +1,8 @@
 """A process that runs cases, and the handle that its parent holds.
 
-`python -m tests.insn.worker native|translated` reads pickled lists of cases from standard input and writes a
-pickled list of outcomes for each.  Native and translated runs install handlers for the same signals, and a
-wild case can end its process: so each kind has its own process, and the parent starts a new one when it died.
+`python -m tests.insn.worker KIND` reads pickled lists of cases from standard input and writes a pickled
+list of outcomes for each.  Native and translated runs install handlers for the same signals, and a wild case can end
+its process: so each kind has its own process, and the parent starts a new one when it died.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Protocol
 
 from tests.insn.state import Case, CpuState, Stop
 
-NATIVE, TRANSLATED = "native", "translated"
+NATIVE, TRANSLATED, SIMULATED = "native", "translated", "simulated"
 ANSWER_SECONDS = 60.0
 ROOT = Path(__file__).parents[2]
 
@@ -35,10 +35,10 @@ def make_runner(kind: str) -> Runner:
         from tests.insn.native_unsafe import NativeRunner
 
         return NativeRunner()
-    if kind == TRANSLATED:
+    if kind in (TRANSLATED, SIMULATED):
         from tests.insn.translated import TranslatedRunner
 
-        return TranslatedRunner()
+        return TranslatedRunner(simulate=kind == SIMULATED)
     raise ValueError(f"unknown kind of runner: {kind}")
 
 

@@ -337,6 +337,8 @@ class Engine:
         d = record.d
         d[at.KICK // 4] = 0
         platform.poll()
+        if self.stopping:
+            return  # a halted CPU would wait for something else to arrive
         if apic is not None:
             apic.set_lint(0, platform.intr)
             apic.tick(platform.now_ns())

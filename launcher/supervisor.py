@@ -379,6 +379,8 @@ class Supervisor:
                 return  # once more Ctrl-C: no politeness
             for fd in ended & alive.keys():
                 del alive[fd]
+        for node in alive.values():
+            self._journal.tell(f"{node} has not ended in {POLITE_S:g} s, and is killed")
 
     def _destroy(self) -> None:
         """Whatever state things are in: no process, no terminal in raw mode, no open socket afterwards."""

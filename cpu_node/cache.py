@@ -68,7 +68,8 @@ class CodeCache:
     def forget(self, lines: Iterable[Line]) -> None:
         """The lines' source is no longer what was translated; their host code becomes garbage."""
         for line in lines:
-            self.lines.pop((line.va if line.starts == 1 else line.va >> 12, line.pa_pages[0], line.mode), None)
+            place = line.va if line.starts == 1 else line.va >> 12
+            self.lines.pop((place, line.pa_pages[0], line.mode), None)
             for table in list(line.tables):
                 table.drop_line(line)
             line.tables.clear()

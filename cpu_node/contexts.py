@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from contextlib import suppress
+from enum import Enum, auto
 
 from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
+from cpu_node.decode import decode
 from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
 from cpu_node.line import PAGE, Line, page_line, single_line
@@ -20,7 +22,16 @@ from cpu_node.window import CodePages, Space
 
 MAX_SPACES = 48
 MAX_MAPPINGS = 40_000  # the host allows 65,530
+DEVICE_AFTER = 8  # accesses to devices before an instruction is left to the simulator
 MIXED_AFTER = 4  # writes to a page's code before its translations verify themselves
+
+
+class Filled(Enum):
+    """What became of a data access that faulted."""
+
+    MAPPED = auto()  # try again
+    OWN_PAGE = auto()  # mapped; but it writes to the page its own instruction is on: simulate it
+    NO_MEMORY = auto()  # a device's: simulate it
 
 
 class Contexts:
@@ -37,6 +48,7 @@ class Contexts:
         self.user_tables: dict[tuple[int | None, int], Table] = {}
         self.kernel_watch = Watch(memory)
         self.writes: Counter[int] = Counter()  # physical page -> writes to it while it held code
+        self.device_sites: Counter[tuple[int, int]] = Counter()  # (physical page, offset) -> device accesses
         self.fills = 0
         self._kernel_cr3: int | None = None
         self.mode = 0
@@ -205,6 +217,9 @@ class Contexts:
             mixed = pa_page in self.code.mixed
             code = self.memory.ram[pa_page << 12 : (pa_page << 12) + PAGE]
             line = self.cache.lines[key] = page_line(va >> 12, pa_page, self.mode, code, mixed)
+            if self.device_sites:
+                sites = self.device_sites.items()
+                line.devices = {o for (page, o), n in sites if page == pa_page and n >= DEVICE_AFTER}
             self._register(line)
         self.table.add(line)
         return line
@@ -254,6 +269,8 @@ class Contexts:
                 if other != pa_page and other in self.code.lines:
                     self.code.lines[other].discard(line)
         self.cache.forget(lines)  # type: ignore[arg-type]
+        for site in [s for s in self.device_sites if s[0] == pa_page]:
+            del self.device_sites[site]
         self.writes[pa_page] += 1
         if self.writes[pa_page] >= MIXED_AFTER:
             self.code.mixed.add(pa_page)
@@ -274,6 +291,7 @@ class Contexts:
         self.code.lines.clear()
         self.code.mixed.clear()
         self.writes.clear()
+        self.device_sites.clear()
 
     def forget_all(self) -> None:
         """RESET: memory was loaded anew behind our back."""
@@ -288,21 +306,33 @@ class Contexts:
 
     # ---- data
 
-    def fill(self, va: int, write: bool, user: bool, line: Line | None, eip: int) -> bool:
-        """Map what a data access at `va` needs.
+    def device_access(self, line: Line | None, va: int) -> None:
+        """A plain instruction at `va` touched a device: after a few times, translate it as an exit.
 
-        True: it can't be mapped, or is a write to the page the instruction itself is on: simulate it.
+        That spares the host fault. It stays right where the instruction's operand is memory next time.
         """
+        if line is None or line.starts == 1:
+            return
+        offset = va & 0xFFF
+        site = (line.pa_pages[0], offset)
+        self.device_sites[site] += 1
+        if self.device_sites[site] == DEVICE_AFTER and decode(line.code, offset).row.action != "string":
+            self.cache.forget([line])
+            self.code.lines[line.pa_pages[0]].discard(line)
+
+    def fill(self, va: int, write: bool, user: bool, line: Line | None) -> Filled:
+        """Map what a data access at `va` needs, for an instruction of `line`. Raises GuestFault."""
         space, walker = self.space, self.walker
         self.fills += 1
-        own = False
+        filled = Filled.MAPPED
         if write:
             pa, _, _, _ = walker.walk(va, True, user)
             pa_page = pa >> 12
             if pa_page in self.code.lines and pa_page not in self.code.mixed:
-                own = line is None or pa_page in line.pa_pages
+                if line is None or pa_page in line.pa_pages:
+                    filled = Filled.OWN_PAGE
                 self.code_written(pa_page)
-        return not space.fill(walker, va, write, user) or own
+        return filled if space.fill(walker, va, write, user) else Filled.NO_MEMORY
 
 
 def _drop_unless(table: Table, va_page: int, pa_page: int) -> None:

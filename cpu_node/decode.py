@@ -14,7 +14,8 @@ from cpu_node.table import BY_OPCODE, Row
 MAX_LENGTH = 15
 ES, CS, SS, DS, FS, GS = range(6)
 _SEGMENT_PREFIX = {0x26: ES, 0x2E: CS, 0x36: SS, 0x3E: DS, 0x64: FS, 0x65: GS}
-_BASE16 = ((3, 6), (3, 7), (5, 6), (5, 7), (None, 6), (None, 7), (5, None), (3, None))  # (base, index) [2.1.5]
+# (base, index) by ModRM.rm of 16-bit addresses [table 2-1]
+_BASE16 = ((3, 6), (3, 7), (5, 6), (5, 7), (None, 6), (None, 7), (5, None), (3, None))
 
 
 class Undefined(Exception):

@@ -56,7 +56,11 @@ def _with_va(text: str) -> Function:
 
 def _popf(user: bool) -> Function:
     keep_if = "" if user else f"mov dword ptr [r15+{at.INTERRUPT_FLAG}], r8d"
-    check_if = "" if user else f"test r8d, r8d\njz fine\ncmp dword ptr [r15+{at.PENDING}], 0\njne simulate\nfine:"
+    check_if = "" if user else f"""test r8d, r8d
+        jz fine
+        cmp dword ptr [r15+{at.PENDING}], 0
+        jne simulate
+    fine:"""
     code = _with_va(f"""
         mov r9d, gs:[esp]
         mov r8d, r9d
@@ -265,7 +269,8 @@ class Templates:
     def _push(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._simulate(insn)
-        return self._make(insn, WINDOW + bytes((0x89, 0x44 | (insn.row.opcode & 7) << 3, 0x24, 0xFC)) + PUSHED)
+        store = bytes((0x89, 0x44 | (insn.row.opcode & 7) << 3, 0x24, 0xFC))
+        return self._make(insn, WINDOW + store + PUSHED)
 
     def _pop(self, insn: Insn, reg: int | None = None) -> Leaf:
         reg = insn.row.opcode & 7 if reg is None else reg
@@ -300,8 +305,8 @@ class Templates:
     def _pushseg(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._simulate(insn)
-        number = _SEGMENT_NUMBER[insn.row.operands[0]]
-        return self._make(insn, bytes((0x45, 0x0F, 0xB7, 0x47, at.SELECTORS + 2 * number)) + STORE_R8 + PUSHED)
+        slot = at.SELECTORS + 2 * _SEGMENT_NUMBER[insn.row.operands[0]]
+        return self._make(insn, bytes((0x45, 0x0F, 0xB7, 0x47, slot)) + STORE_R8 + PUSHED)
 
     def _movfromseg(self, insn: Insn) -> Leaf:
         if insn.reg > 5:

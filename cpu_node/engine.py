@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cpu_node import gates
 from cpu_node import layout as at
 from cpu_node import mode as modes
-from cpu_node.contexts import Contexts
+from cpu_node.contexts import Contexts, Filled
 from cpu_node.cpu import (
     CR0_EM,
     CR0_ET,
@@ -30,22 +30,22 @@ from cpu_node.cpu import (
 )
 from cpu_node.decode import decode
 from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, parse
-from cpu_node.errors import AC, DB, DE, GP, MF, NMI, UD, XM, GuestFault
+from cpu_node.errors import DB, NMI, UD, GuestFault
 from cpu_node.flags import RF, TF, VM
 from cpu_node.line import PAGE, Line
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
 from cpu_node.rollback import roll_back
 from cpu_node.simulate import Simulator, handler_of
-from cpu_node.single import Single
+from cpu_node.single import Single, guest_fault
 
 if TYPE_CHECKING:
     from cpu_node.cpuid import CpuModel
     from cpu_node.lapic import LocalApic
     from cpu_node.platform import Platform
 
-_HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 17: AC, 19: XM}
 _PAGE_FAULT = 14
+_STI = 0xFB
 _CS_LIKE_INT = frozenset(("int", "int3", "into", "int1"))
 
 
@@ -74,6 +74,7 @@ class Engine:
         self.mode = modes.STEP
         self.exits: Counter[int] = Counter()
         self._mode_dirty = True
+        self._shadow_over = False  # the instruction before this one had interrupts held off
         self._alarm: int | None = None
         self.record.d[at.KICK // 4] = 0
         for index in range(6):
@@ -124,7 +125,8 @@ class Engine:
     def segments_changed(self, index: int) -> None:
         segment = self.cpu.seg[index]
         record = self.record
-        record.b[at.SELECTORS + 2 * index : at.SELECTORS + 2 * index + 2] = segment.selector.to_bytes(2, "little")
+        place = at.SELECTORS + 2 * index
+        record.b[place : place + 2] = segment.selector.to_bytes(2, "little")
         if index in (FS, GS):
             base, pointer = (at.FS_BASE, at.FS_POINTER) if index == FS else (at.GS_BASE, at.GS_POINTER)
             plain = (segment.usable and segment.writable and segment.lowest == 0
@@ -168,12 +170,12 @@ class Engine:
         d, q, enter, exits = record.d, record.q, record.enter, self.exits
         contexts, simulator = self.contexts, self.simulator
         kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
-        system_flags = at.SYSTEM_FLAGS // 4
+        system_flags, pending, interrupt_flag = at.SYSTEM_FLAGS // 4, at.PENDING // 4, at.INTERRUPT_FLAG // 4
         handlers = self._handlers()
         d[kick] = 1
         while not self.stopping:
             try:
-                if d[kick] or cpu.halted:
+                if d[kick] or cpu.halted or (d[pending] and d[interrupt_flag]):
                     self._events()
                     if cpu.halted or self.stopping:
                         continue
@@ -182,6 +184,8 @@ class Engine:
                 if self.mode & modes.INTERPRETED or d[system_flags] & TF or cpu.inhibit_interrupts:
                     self.interpreted()
                     continue
+                if d[system_flags] & RF:  # no breakpoint is armed in this mode: as good as over
+                    d[system_flags] &= ~RF
                 q[entry] = at.CODE + contexts.find(cpu.eip)
                 if d[kick]:
                     continue
@@ -244,6 +248,7 @@ class Engine:
         if cpu.pending_debug:
             self._debug_trap()
         if shadow:
+            self._shadow_over = True
             self.record.d[at.KICK // 4] = 1
 
     def _instruction_breakpoints(self) -> None:
@@ -279,10 +284,10 @@ class Engine:
         rip, trap, ha = q[at.FAULT_RIP // 8], q[at.FAULT_TRAP // 8], q[at.FAULT_ADDRESS // 8]
         line, cpu.eip = roll_back(record, contexts.cache, rip)
         if trap != _PAGE_FAULT:
-            vector = _HOST_TRAPS.get(trap)
-            if vector is None:
+            fault = guest_fault(trap, cpu)
+            if fault is None:
                 raise HostFault(f"host trap {trap} at {rip:#x}, guest eip {cpu.eip:#x}")
-            raise GuestFault(vector, 0 if vector in (GP, AC) else None)
+            raise fault
         va = ha - q[at.WINDOW // 8]
         if not 0 <= va < 1 << 32:
             self.simulator.step()  # FS or GS not plain, or an operand that wraps
@@ -291,9 +296,12 @@ class Engine:
             return
         write = bool(q[at.FAULT_ERROR // 8] & 2)
         user = cpu.cpl == 3
-        own = contexts.fill(va, write, user, line, cpu.eip)
-        if own:
+        filled = contexts.fill(va, write, user, line)
+        if filled is not Filled.MAPPED:
+            start = cpu.eip
             self.simulator.step()
+            if filled is Filled.NO_MEMORY:
+                contexts.device_access(line, start)
 
     # ---- mode and context
 
@@ -342,7 +350,7 @@ class Engine:
         if apic is not None:
             apic.set_lint(0, platform.intr)
             apic.tick(platform.now_ns())
-            if apic.take_nmi():
+            if not cpu.nmi_blocked and not cpu.inhibit_interrupts and apic.take_nmi():
                 cpu.halted = False
                 gates.deliver(cpu, NMI, external=True)
             deadline = apic.next_deadline_ns()
@@ -350,6 +358,9 @@ class Engine:
                 self._alarm = deadline
                 platform.set_alarm(deadline)
         waiting = self._waiting()
+        if waiting and d[at.INTERRUPT_FLAG // 4] and self._behind_sti():
+            cpu.inhibit_interrupts = True
+        self._shadow_over = False
         if waiting and d[at.INTERRUPT_FLAG // 4] and not cpu.inhibit_interrupts:
             vector = self._acknowledge()
             if vector is not None:
@@ -362,6 +373,17 @@ class Engine:
         elif cpu.halted and not d[at.KICK // 4]:
             platform.idle(self._alarm)
             d[at.KICK // 4] = 1
+
+    def _behind_sti(self) -> bool:
+        """May translated code just have executed STI? Then one more instruction comes first [6.8.1].
+
+        Where the byte before EIP is something else's, or STI found IF set, the interrupt waits for nothing.
+        """
+        if self._shadow_over or self.cpu.halted or self.mode & modes.INTERPRETED:
+            return False
+        before = self.cpu.eip - 1 & 0xFFFFFFFF
+        line = self.contexts.table.lines.get(before >> 12)
+        return line is not None and line.code[before & 0xFFF] == _STI
 
     def _waiting(self) -> bool:
         apic = self.apic

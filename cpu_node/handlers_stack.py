@@ -114,7 +114,8 @@ def jump_if(sim: Simulator, insn: Insn) -> None:
 def condition(flags: int, code: int) -> bool:
     """Is condition 0..15 (O NO B NB Z NZ BE NBE S NS P NP L NL LE NLE) met?"""
     carry, zero, sign, overflow = flags & 1, flags >> 6 & 1, flags >> 7 & 1, flags >> 11 & 1
-    base = (overflow, carry, zero, carry | zero, sign, flags >> 2 & 1, sign ^ overflow, zero | sign ^ overflow)
+    less = sign ^ overflow
+    base = (overflow, carry, zero, carry | zero, sign, flags >> 2 & 1, less, zero | less)
     return bool(base[code >> 1]) != bool(code & 1)
 
 

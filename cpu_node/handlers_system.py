@@ -148,6 +148,13 @@ def _far_direct(sim: Simulator, insn: Insn) -> None:
     transfer(sim.cpu, insn.imm2, insn.imm, insn.opsize)
 
 
+def _iret(sim: Simulator, insn: Insn) -> None:
+    in_nmi = sim.cpu.nmi_blocked
+    iret.iret(sim.cpu, insn.opsize)
+    if in_nmi:
+        sim.kick()  # another NMI may have waited for this
+
+
 def _group5(sim: Simulator, insn: Insn) -> None:
     """FF /3, /5: far through memory; /2, /4, /6 get here when the shape has no template."""
     if insn.reg in (3, 5):
@@ -305,7 +312,7 @@ NAMED: dict[str, Handler] = {
     "cpuid": lambda sim, insn: cpuid.cpuid(sim.cpu),
     "sysenter": lambda sim, insn: far.sysenter(sim.cpu),
     "sysexit": lambda sim, insn: far.sysexit(sim.cpu),
-    "iret": lambda sim, insn: iret.iret(sim.cpu, insn.opsize),
+    "iret": _iret,
     "retf": lambda sim, insn: far.far_return(sim.cpu, insn.opsize, insn.imm),
     "int": lambda sim, insn: gates.int_n(sim.cpu, insn.imm & 0xFF),
     "int3": lambda sim, insn: gates.int3(sim.cpu),

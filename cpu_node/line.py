@@ -39,6 +39,7 @@ class Line:
     host: dict[int, int] = field(default_factory=dict)  # offset -> offset in the code cache
     waiting: dict[int, list[int]] = field(default_factory=dict)  # offset -> ends of rel32 to patch
     tables: set[Table] = field(default_factory=set)
+    devices: set[int] = field(default_factory=set)  # offsets whose operands are devices: simulated at once
     simulated: dict[int, Simulated] = field(default_factory=dict)  # by offset
 
 

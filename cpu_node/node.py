@@ -106,8 +106,16 @@ class Node:
         if mirror_size:
             mirror = memoryview(mmap.mmap(mirror_fd, mirror_size, prot=mmap.PROT_READ))
         os.close(mirror_fd)
-        self._io = IoClient(run_dir, config.node, AddressMap.from_plain(config.map), mirror, time.monotonic_ns,
-                            self._open_bus, pic=config.controllers.pic, ioapics=config.controllers.ioapics)
+        self._io = IoClient(
+            run_dir,
+            config.node,
+            AddressMap.from_plain(config.map),
+            mirror,
+            time.monotonic_ns,
+            self._open_bus,
+            pic=config.controllers.pic,
+            ioapics=config.controllers.ioapics,
+        )
         stubs_unsafe.install()
         self._rdtsc = stubs_unsafe.host_rdtsc()
         host = host_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))

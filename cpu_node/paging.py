@@ -145,7 +145,8 @@ class GuestMemory:
         if length in (1, 2, 4):
             return self._mmio_read(pa, length).to_bytes(length, "little")
         step = 4 if length % 4 == 0 else 1
-        return b"".join(self._mmio_read(pa + i, step).to_bytes(step, "little") for i in range(0, length, step))
+        pieces = (self._mmio_read(pa + i, step) for i in range(0, length, step))
+        return b"".join(piece.to_bytes(step, "little") for piece in pieces)
 
     def write(self, va: int, data: bytes, user: bool = False) -> None:
         """Bytes; a fault on the second page leaves the first unwritten."""

@@ -88,12 +88,16 @@ class Record:
 
     def get_eflags(self) -> int:
         d = self.d
-        return int(d[at.EFLAGS // 4] & at.STATUS_FLAGS | d[at.SYSTEM_FLAGS // 4] | d[at.INTERRUPT_FLAG // 4] | 2)
+        status = d[at.EFLAGS // 4] & at.STATUS_FLAGS
+        return int(status | d[at.SYSTEM_FLAGS // 4] | d[at.INTERRUPT_FLAG // 4] | 2)
 
     def set_eflags(self, value: int) -> None:
-        self.d[at.EFLAGS // 4] = value & at.STATUS_FLAGS | 0x202  # the host's IF reads as one
-        self.d[at.SYSTEM_FLAGS // 4] = value & at.OTHER_FLAGS
-        self.d[at.INTERRUPT_FLAG // 4] = value & 0x200
+        d = self.d
+        d[at.EFLAGS // 4] = value & at.STATUS_FLAGS | 0x202  # the host's IF reads as one
+        d[at.SYSTEM_FLAGS // 4] = value & at.OTHER_FLAGS
+        d[at.INTERRUPT_FLAG // 4] = value & 0x200
+        if value & 0x200 and d[at.PENDING // 4]:
+            d[at.KICK // 4] = 1  # an interrupt waited for this
 
     def scratch(self, n: int) -> int:
         """r8..r13 at the last exit; n from 8."""

@@ -96,17 +96,18 @@ class Simulator:
         """Run a decoded instruction; cpu.eip is behind it."""
         handler_of(insn.row)(self, insn)
 
-    def check_fpu(self, group: str, opcode: int) -> None:
+    def check_fpu(self, row: Row) -> None:
         """#NM and #UD by CR0 and CR4 [vol. 3 2.5, table 2-2; 13.1]."""
-        cr0 = self.cpu.cr0
+        cr0, group = self.cpu.cr0, row.group
         if group == "x87":
-            if opcode == 0x9B:
+            if row.mnemonic == "fwait":
                 if cr0 & CR0_MP and cr0 & CR0_TS:
                     raise GuestFault(NM)
             elif cr0 & (CR0_EM | CR0_TS):
                 raise GuestFault(NM)
             return
-        if cr0 & CR0_EM or (group == "sse" and not self.cpu.cr4 & CR4_OSFXSR and opcode != 0xAE):
+        needs_osfxsr = group == "sse" and row.mnemonic not in ("fxsave", "fxrstor")
+        if cr0 & CR0_EM or (needs_osfxsr and not self.cpu.cr4 & CR4_OSFXSR):
             raise GuestFault(UD)
         if cr0 & CR0_TS:
             raise GuestFault(NM)
@@ -180,5 +181,5 @@ def _native(sim: Simulator, insn: Insn) -> None:
 
 
 def _with_fpu(handler: Handler, sim: Simulator, insn: Insn) -> None:
-    sim.check_fpu(insn.row.group, insn.row.opcode)
+    sim.check_fpu(insn.row)
     handler(sim, insn)

@@ -11,22 +11,35 @@ from __future__ import annotations
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.cache import SINGLE
-from cpu_node.cpu import Cpu
+from cpu_node.cpu import CR4_OSXMMEXCPT, Cpu
 from cpu_node.decode import CS, SS, Insn
 from cpu_node.emit import EXIT_SIMULATE, MOV_R8, WINDOW, legacy, opcode_bytes
-from cpu_node.errors import DE, GP, MF, UD, XM, GuestFault
+from cpu_node.errors import AC, DE, GP, MF, UD, XM, GuestFault
 from cpu_node.errors import SS as SS_FAULT
 from cpu_node.record_unsafe import Record
 
-_HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 19: XM}  # host vector -> guest vector
+_HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 17: AC, 19: XM}  # host vector -> guest vector
 _FX_WRITTEN = 288  # FXSAVE in 32-bit mode leaves the rest alone [vol. 2, FXSAVE]
 _OPERAND = 0x400  # of the scratch page
 _ES = 0x80  # in the x87 status word: an unmasked exception is pending
 _NOT_WAITING = frozenset(("fnstenv", "fnstcw", "fnsave", "fnstsw"))
 _UNALIGNED = frozenset(  # operands of 16 bytes and more that may lie anywhere
-    ("movups", "movupd", "movdqu", "lddqu", "pcmpestri", "pcmpestrm", "pcmpistri", "pcmpistrm", "fnsave", "frstor",
-     "fnstenv", "fldenv")
+    ("movups", "movupd", "movdqu", "lddqu", "pcmpestri", "pcmpestrm", "pcmpistri", "pcmpistrm", "fnsave",
+     "frstor", "fnstenv", "fldenv")
 )
+
+
+def guest_fault(trap: int, cpu: Cpu) -> GuestFault | None:
+    """The guest's exception for a host trap in its code; None when no guest instruction can have caused it.
+
+    Left out: CR0.NE = 0 (FERR# and IRQ 13); #MF comes whatever NE says.
+    """
+    vector = _HOST_TRAPS.get(trap)
+    if vector is None:
+        return None
+    if vector == XM and not cpu.cr4 & CR4_OSXMMEXCPT:
+        vector = UD  # [vol. 3 6.15, interrupt 19]
+    return GuestFault(vector, 0 if vector in (GP, AC) else None)
 
 
 class HostTrap(AssertionError):
@@ -65,11 +78,10 @@ class Single:
                     if rip >= at.CODE + SINGLE + len(code):
                         return
                     continue
-                trap = q[at.FAULT_TRAP // 8]
-                vector = _HOST_TRAPS.get(trap)
-                if reason != at.EXIT_FAULT or vector is None:
-                    raise HostTrap(f"host trap {trap} at {rip:#x} in {code.hex()}")
-                raise GuestFault(vector, 0 if vector == GP else None)
+                fault = guest_fault(q[at.FAULT_TRAP // 8], self.cpu)
+                if reason != at.EXIT_FAULT or fault is None:
+                    raise HostTrap(f"host trap {q[at.FAULT_TRAP // 8]} at {rip:#x} in {code.hex()}")
+                raise fault
         finally:
             q[at.WINDOW // 8] = window
 
@@ -100,7 +112,8 @@ class Single:
 
     def operand(self, insn: Insn, write: bool) -> int:
         """Linear address of the ModRM memory operand."""
-        return self.linear(insn.default_segment, self.offset(insn), insn.row.memory_width(insn.opsize16), write)
+        width = insn.row.memory_width(insn.opsize16)
+        return self.linear(insn.default_segment, self.offset(insn), width, write)
 
     def execute(self, insn: Insn, text: bytes) -> None:
         """A plain instruction; `text` is its guest bytes."""

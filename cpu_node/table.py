@@ -20,7 +20,7 @@ A line of TABLE is `key mnemonic operands access words...`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WIDTH = {  # bytes of the memory operand; v: by operand size, negative codes resolved by `memory_width`
     "b": 1, "w": 2, "d": 4, "q": 8, "dq": 16, "t": 10, "fx": 512, "s": 6, "v": -1, "p": -2, "a": -3,
@@ -48,6 +48,10 @@ class Row:
     lockable: bool
     undefined: int  # EFLAGS mask
     group: str  # int, string, x87, mmx, sse, system
+    # derived
+    rm_operand: str = field(init=False)  # the operand that ModRM.rm names, or ""
+    has_modrm: bool = field(init=False)
+    _widths: tuple[int, int] = field(init=False)  # of the memory operand, by operand size 32 and 16
 
     @property
     def key(self) -> str:
@@ -56,21 +60,19 @@ class Row:
         tail = "" if self.ext is None else f"/{self.ext}"
         return head + op + tail + self.mod + ("" if self.rm is None else f":{self.rm}")
 
-    @property
-    def rm_operand(self) -> str:
-        """The operand that ModRM.rm names, or ''."""
-        return next((o for o in self.operands if o[0] in RM_LETTERS and o not in _NOT_MODRM), "")
-
-    @property
-    def has_modrm(self) -> bool:
-        return self.ext is not None or bool(self.mod) or any(o[0] in "EMWQUNRGVPSCD" for o in self.operands
-                                                             if o not in _NOT_MODRM)
+    def __post_init__(self) -> None:
+        named = [o for o in self.operands if o not in _NOT_MODRM]
+        operand = next((o for o in named if o[0] in RM_LETTERS), "")
+        width = WIDTH.get(operand[1:], 0)  # registers have none
+        set_once = object.__setattr__  # frozen
+        set_once(self, "rm_operand", operand)
+        set_once(self, "has_modrm", self.ext is not None or bool(self.mod) or any(o[0] in "EMWQUNRGVPSCD"
+                                                                                  for o in named))
+        set_once(self, "_widths", _BY_SIZE[width] if width < 0 else (width, width))
 
     def memory_width(self, opsize16: bool) -> int:
         """Bytes of the memory operand (0: address only)."""
-        operand = self.rm_operand
-        width = WIDTH[operand[1:]] if operand else 0
-        return _BY_SIZE[width][opsize16] if width < 0 else width
+        return self._widths[opsize16]
 
 
 _NOT_MODRM = frozenset(("CL", "CS", "DS", "ES", "SS", "FS", "GS", "DX"))
@@ -690,9 +692,11 @@ def _families() -> Iterator[str]:
         yield f"{prefix}.0FC2 cmp{kind} Vx,{operand},Ib r"
 
 
-def _group(mapno: int, opcode: int, operands: tuple[str, ...], action: str) -> str:
+def _group(mapno: int, opcode: int, mnemonic: str, operands: tuple[str, ...], action: str) -> str:
     if action == "string":
         return "string"
+    if mnemonic in ("lfence", "mfence", "sfence", "clflush"):
+        return "int"  # they heed neither CR0.TS nor CR4.OSFXSR
     if mapno == 0 and (0xD8 <= opcode <= 0xDF or opcode == 0x9B):
         return "x87"
     kinds = "".join(o[0] for o in operands if o not in _NOT_MODRM)
@@ -729,7 +733,7 @@ def _parse(line: str) -> Row:
             undefined = sum(FLAG_BITS[f] for f in word[2:])
         elif word != "lock":
             action = word
-    group = _group(mapno, opcode, operands, action)
+    group = _group(mapno, opcode, mnemonic, operands, action)
     return Row(mapno, opcode, prefix, ext, mod, rm, mnemonic, operands, access, action, "lock" in words,
                undefined, group)
 

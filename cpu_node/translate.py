@@ -81,7 +81,7 @@ def translate(line: Line, start: int, templates: Templates, position: int,
     va0 = line.va
     host = line.host
     root = templates.root
-    verify = line.verify
+    verify, devices = line.verify, line.devices
     out: list[bytes] = []
     put = out.append
     fixups: list[tuple[int, int, int]] = []  # (index in out, position behind the rel32, target offset)
@@ -113,6 +113,8 @@ def translate(line: Line, start: int, templates: Templates, position: int,
             put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + JUMP_R8)
             at += 10
             break
+        if devices and i in devices:
+            kind = SIMULATE
         left -= 1
         host[i] = at
         hosts.append(at - position)

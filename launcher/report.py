@@ -23,10 +23,12 @@ COLUMNS = ("NODE", "PID", "STATE", "FRAMES IN", "OUT", "P50", "P99", "CPU", "RES
 REGISTERS = (
     ("eax", "ebx", "ecx", "edx"),
     ("esi", "edi", "ebp", "esp"),
-    ("eip", "eflags"),
-    ("cs", "ss", "ds", "es", "fs", "gs"),
+    ("eip", "eflags", "cpl"),
     ("cr0", "cr2", "cr3", "cr4"),
 )
+SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs", "ldtr", "tr")  # selector, base, limit, rights, usable
+TABLES = ("gdt", "idt")  # base, limit
+DEBUG_REGISTERS = (0, 1, 2, 3, 6, 7)  # 4 and 5 are 6 and 7
 
 
 def ps_row(node: str, pid: int, counters: dict[str, Any] | None, restarts: int = 0) -> dict[str, Any]:
@@ -134,6 +136,18 @@ def cpu_state_lines(state: dict[str, Any]) -> Iterator[str]:
         present = [f"{name}={_hex(rest.pop(name))}" for name in group if name in rest]
         if present:
             yield " ".join(present)
+    for name in SEGMENTS:
+        if name in rest:
+            selector, base, limit, rights, usable = rest.pop(name)
+            unusable = "" if usable else " unusable"
+            yield f"{name}={selector:04x} base={base:08x} limit={limit:08x} rights={rights:04x}{unusable}"
+    for name in TABLES:
+        if name in rest:
+            base, limit = rest.pop(name)
+            yield f"{name} base={base:08x} limit={limit:04x}"
+    if "dr" in rest:
+        values = rest.pop("dr")
+        yield " ".join(f"dr{n}={values[n]:08x}" for n in DEBUG_REGISTERS)
     for name, value in rest.items():
         yield f"{name}={_hex(value)}"
 

@@ -250,10 +250,16 @@ def test_last_line_of_a_log(tmp_path: Path) -> None:
 
 def test_cpu_state_in_words() -> None:
     state = {"note": "x", "eip": 0x100000, "eax": 1, "cr0": 0x11, "halted": False}
+    state |= {"dr": [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400], "idt": [0x5000, 0x17F]}
+    state |= {"cs": [0x10, 0, 0xFFFFFFFF, 0xC09B, True], "ldtr": [0, 0, 0, 0x82, False]}
     assert list(cpu_state_lines(state)) == [
         "eax=00000001",
         "eip=00100000",
         "cr0=00000011",
+        "cs=0010 base=00000000 limit=ffffffff rights=c09b",
+        "ldtr=0000 base=00000000 limit=00000000 rights=0082 unusable",
+        "idt base=00005000 limit=017f",
+        "dr0=00000000 dr1=00000000 dr2=00000000 dr3=00000000 dr6=ffff0ff0 dr7=00000400",
         "note=x",
         "halted=False",
     ]

@@ -12,7 +12,8 @@ BYTES = (*BITS, *range(0x10))
 
 PHRASES: dict[str, tuple[tuple[tuple[str, int, Sequence[int]], ...], ...]] = {
     "uart16550": (
-        (("regs", 2, (0x00, 0x01, 0x07, 0xC1)), ("regs", 4, (0x08, 0x0B)), ("regs", 1, range(16))),
+        (("regs", 3, (0x03,)), ("regs", 2, (0x00, 0x01, 0x87, 0xC1)), ("regs", 4, (0x08, 0x0B)),
+         ("regs", 1, (1, 5, *range(16)))),
         (("regs", 3, (0x03, 0x83)), ("regs", 4, (0x10, 0x1A)), ("regs", 0, BITS), ("regs", 0, BITS)),
         (("regs", 3, (0x80,)), ("regs", 0, (0, 1, 12)), ("regs", 1, (0, 1)), ("regs", 3, (0x03, 0x07))),
     ),

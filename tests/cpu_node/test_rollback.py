@@ -8,20 +8,16 @@ are), and the end must be that of an undisturbed run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import capstone
 import pytest
 
 from cpu_node import layout as at
-from cpu_node.cache import FIRST
 from cpu_node.cpu import ESP
 from cpu_node.descriptor import FS, GS, build
 from cpu_node.errors import UD, GuestFault
 from cpu_node.flags import RF
-from cpu_node.rollback import roll_back
 from tests.cpu_node.board import CODE, DATA, STACK, STACK3, Board, asm
 from tests.cpu_node.child import isolated
+from tests.cpu_node.stopper import Stopper, host_instructions
 
 # Keystone takes `pushf` and `push ds` for 16-bit ones, and knows no `rep movsd`.
 SHAPES = {
@@ -116,53 +112,6 @@ def _boundary(board: Board) -> tuple[object, ...]:
     return f"{board.cpu.eip:x}", tuple(f"{r:x}" for r in board.regs), f"{board.cpu.eflags & 0x600:x}"
 
 
-def _host_instructions(board: Board) -> Iterator[int]:
-    """Offsets in the code cache of every host instruction translated."""
-    cache = board.engine.contexts.cache
-    decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
-    at_offset = FIRST
-    while at_offset < cache.position:
-        (insn,) = decoder.disasm_lite(bytes(cache.code[at_offset : at_offset + 16]), 0, 1)
-        yield at_offset
-        at_offset += insn[1]
-
-
-class Stopper:
-    """Stops the run at one host instruction, once, as a signal does."""
-
-    def __init__(self, board: Board, clobbers: bool) -> None:
-        self.board = board
-        self.clobbers = clobbers
-        self.code = board.engine.contexts.cache.code
-        self.rolled_back: tuple[object, ...] | None = None
-        self._offset = -1
-        self._byte = 0
-        board.engine._host_fault = self.host_fault  # type: ignore[method-assign]
-
-    def arm(self, offset: int) -> None:
-        self._offset, self._byte = offset, self.code[offset]
-        self.rolled_back = None
-        self.code[offset] = 0xCC
-
-    def disarm(self) -> None:
-        self.code[self._offset] = self._byte
-
-    def host_fault(self) -> None:
-        board = self.board
-        record = board.engine.record
-        if record.q[at.FAULT_TRAP // 8] != 3:
-            type(board.engine)._host_fault(board.engine)
-            return
-        assert record.q[at.FAULT_RIP // 8] == at.CODE + self._offset + 1
-        self.disarm()
-        _, board.cpu.eip = roll_back(record, board.engine.contexts.cache, at.CODE + self._offset)
-        self.rolled_back = _boundary(board)
-        esp = board.regs[ESP]
-        assert esp < 1 << 32
-        if self.clobbers:
-            board.ram[esp - 64 : esp] = bytes(range(0xC0, 0x100))
-
-
 READS_BELOW_ESP = {"push overlapping"}
 # POPA loads its registers one by one, POPF has the flags before ESP: both are done again from their start.
 IMPRECISE = {"pusha popa", "popf direction"}
@@ -175,19 +124,26 @@ def _check_everywhere(board: Board, name: str, start: int) -> None:
     assert board.translated
     assert board.fault.vector == UD
     expected = _state(board)
-    stopper = Stopper(board, name not in READS_BELOW_ESP)
-    stops = 0
-    for offset in list(_host_instructions(board)):
+    rolled_back: list[tuple[object, ...]] = []
+
+    def look() -> None:
+        rolled_back.append(_boundary(board))
+        esp = board.regs[ESP]
+        assert esp < 1 << 32
+        if name not in READS_BELOW_ESP:
+            board.ram[esp - 64 : esp] = bytes(range(0xC0, 0x100))
+
+    stopper = Stopper(board, look)
+    for offset in list(host_instructions(board)):
         _prepare(board, start)
         stopper.arm(offset)
         board.resume()
         stopper.disarm()
-        where = f"{name}: host offset {offset:#x}, rolled back to {stopper.rolled_back}"
+        where = f"{name}: host offset {offset:#x}, rolled back to {rolled_back[-1:]}"
         assert _state(board) == expected, where
-        if stopper.rolled_back is not None:
-            stops += 1
-            assert name in IMPRECISE or stopper.rolled_back in allowed, where
-    assert stops
+        if stopper.stopped:
+            assert name in IMPRECISE or rolled_back[-1] in allowed, where
+    assert rolled_back
 
 
 def _board(verify: bool, cpl: int) -> Board:

@@ -89,7 +89,7 @@ class Uart16550(Device[UartState]):
 
     def read(self, region: str, offset: int, width: int) -> int:
         s, value = self.state, 0
-        match Reg(offset), bool(s.lcr & LCR_DLAB):
+        match offset, bool(s.lcr & LCR_DLAB):
             case Reg.DATA, True:
                 value = s.divisor & 0xFF
             case Reg.IER, True:
@@ -119,17 +119,19 @@ class Uart16550(Device[UartState]):
 
     def write(self, region: str, offset: int, width: int, value: int) -> None:
         s = self.state
-        match Reg(offset), bool(s.lcr & LCR_DLAB):
+        match offset, bool(s.lcr & LCR_DLAB):
             case Reg.DATA, True:
                 s.divisor = s.divisor & 0xFF00 | value
             case Reg.IER, True:
                 s.divisor = s.divisor & 0x00FF | value << 8
             case Reg.DATA, False:
-                s.thre_latched = True  # transmission is instant, so THR empties at once
+                latched_before, s.thre_latched = s.thre_latched, True  # sending is instant: THR empties at once
                 if s.mcr & MCR_LOOP:
                     self._take(value)
                 else:
                     self.wiring.send("tx", bytes([value]))
+                    if latched_before:
+                        return  # no line changes: the polled console's case, thousands of times in a boot
             case Reg.IER, False:
                 if value & ~s.ier & IER_THRE:
                     s.thre_latched = True  # enabling while THR is empty interrupts [8.7]

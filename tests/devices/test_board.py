@@ -75,7 +75,7 @@ def test_timer_tick_through_the_8259_costs_one_round_trip() -> None:
     out(board, PIC1, 0x60)
     before = synchronous(board)
     for tick in range(1, 11):
-        board.advance(4_001_000)
+        board.advance(4_002_000)
         assert board.intr
         assert board.io.int_ack() == 0x30
         mask = board.io.port_read(PIC1 + 1, 1)  # mask_and_ack_8259A

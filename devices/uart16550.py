@@ -125,7 +125,7 @@ class Uart16550(Device[UartState]):
             case Reg.IER, True:
                 s.divisor = s.divisor & 0x00FF | value << 8
             case Reg.DATA, False:
-                latched_before, s.thre_latched = s.thre_latched, True  # sending is instant: THR empties at once
+                latched_before, s.thre_latched = s.thre_latched, True  # instant: THR empties
                 if s.mcr & MCR_LOOP:
                     self._take(value)
                 else:

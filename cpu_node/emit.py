@@ -183,7 +183,8 @@ class Templates:
         memory = insn.is_memory and row.rm_operand != ""
         if (memory or row.action in ("string", "xlat", "maskmov", "loop", "moffs")) and insn.addr16:
             return self._simulate(insn)
-        if insn.segment == CS and row.access in ("w", "m") and (memory or row.action == "moffs"):
+        if insn.segment == CS and (row.action == "maskmov" or (
+                row.access in ("w", "m") and (memory or row.action == "moffs"))):
             return self._simulate(insn)  # #GP: no write through CS
         shape = getattr(self, "_" + row.action)
         leaf: Leaf = shape(insn)

@@ -168,10 +168,10 @@ class Single:
         cpu, memory, scratch = self.cpu, self.cpu.memory, self.scratch
         user = cpu.cpl == 3
         access = insn.row.access
-        va = self.linear(segment, offset, width, access in "wm")
         if insn.row.group in ("x87", "mmx") and self.record.b[at.FX + 2] & _ES and (
                 insn.row.mnemonic not in _NOT_WAITING):
-            raise GuestFault(MF)  # before any #PF
+            raise GuestFault(MF)  # before any fault of the operand
+        va = self.linear(segment, offset, width, access in "wm")
         if width >= 16 and va & 15 and insn.row.mnemonic not in _UNALIGNED:
             raise GuestFault(GP, 0)  # before any #PF
         if access in "wm":

@@ -42,6 +42,7 @@ class Draft:
         self.blind_on_fault: list[tuple[int, int]] = []
         self.blind_registers_on_fault: tuple[int, ...] = ()
         self.fault_page_only = False
+        self.wild = False  # a branch goes anywhere, perhaps into the middle of an instruction
         self._pool = pool
         self._pages: dict[int, tuple[bytes | bytearray, bool]] = {}
         for va in RW_PAGES:

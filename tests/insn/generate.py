@@ -130,7 +130,7 @@ class Generator:
             fx=fx,
             pages=pages,
             code_length=len(draft.code),
-            cpl=0 if chance(rng, 30) and all(same_at_cpl0(row) for row in rows) else 3,
+            cpl=0 if chance(rng, 30) and not draft.wild and all(same_at_cpl0(row) for row in rows) else 3,
             rows=tuple(f"{row.key} {row.mnemonic}" for row in rows),
             group=group,
             blind=Blind(

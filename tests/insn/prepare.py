@@ -61,6 +61,7 @@ def _pusha(instance: Instance) -> None:
     if instance.row.action == "popa":
         instance.touched = [r for r in range(8) if r != ESP]
         instance.draft.blind_registers_on_fault = tuple(instance.touched)
+        instance.draft.fault_page_only = True
     else:
         esp = instance.draft.initial[ESP]
         assert esp is not None
@@ -237,6 +238,7 @@ def _branch(instance: Instance) -> None:
         number = len(draft.starts) + 1 + rng.randrange(3)
         instance.after.append(lambda: draft.relative.append((len(draft.code) - size, size, number)))
     else:
+        draft.wild = True
         instance.immediates = integer(rng, 8 * size).to_bytes(size, "little")
         if row.action in ("jcc", "jmp", "call") and instance.immediates == (256**size - 2).to_bytes(
             size, "little"

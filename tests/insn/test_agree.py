@@ -1,7 +1,8 @@
 """The host CPU and the CPU node execute the same random instructions: not one difference is allowed.
 
-BACKPLANE_INSN_CASES sets how many cases run (default 240,000; millions for a release),
-BACKPLANE_INSN_SEED the seed (default: the same for ever).  A failure prints the shrunk case and `SEED:INDEX` for tests.insn.repro.
+BACKPLANE_INSN_CASES sets how many cases run (default 240,000; millions for a release) and
+BACKPLANE_INSN_SEED the seed (default: the same for ever).  A failure prints the shrunk case and `SEED:INDEX`
+for tests.insn.repro.
 """
 
 from __future__ import annotations

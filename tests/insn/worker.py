@@ -1,8 +1,8 @@
 """A process that runs cases, and the handle that its parent holds.
 
 `python -m tests.insn.worker KIND` reads pickled lists of cases from standard input and writes a pickled
-list of outcomes for each.  Native and translated runs install handlers for the same signals, and a wild case can end
-its process: so each kind has its own process, and the parent starts a new one when it died.
+list of outcomes for each.  Native and translated runs install handlers for the same signals, and a wild
+case can end its process: so each kind has its own process, and the parent starts a new one when it died.
 """
 
 from __future__ import annotations

@@ -116,6 +116,22 @@ class Board:
         self._tables = 0
         self.flat()
 
+    def forget(self) -> None:
+        """RESET, for tests that run several programs: memory is the caller's."""
+        self._tables = 0
+        self.faults.clear()
+        self.registers.clear()
+        self.ports.clear()
+        self.mmio.clear()
+        self.vectors.clear()
+        self.intr = False
+        self.delivers = False
+        self.cpu.reset()
+        self.regs[:] = [0] * 8
+        self.engine.record.reset_fpu()
+        self.engine.contexts.forget_all()
+        self.flat()
+
     # ---- the guest's tables
 
     def flat(self, cpl: int = 0) -> None:

@@ -90,7 +90,7 @@ STORES = {
     "rep stosb": "mov edi, victim\nmov al, 0x40\nmov ecx, 5\nrep stosb",
     "rep movsb": "mov edi, victim\nmov esi, source\nmov ecx, 5\nrep movsb",
     "std": "std\nmov edi, victim+4\nmov esi, source+4\nmov ecx, 5\nrep movsb\ncld",
-    "x87": "fld1\nfistp dword ptr [victim+1]",
+    "x87": "fldpi\nfistp dword ptr [victim+1]",
     "sse": "movdqu xmm0, [source]\nmovdqu [victim], xmm0",
     "cmpxchg8b": "mov eax, [victim]\nmov edx, [victim+4]\n"
                  "mov ebx, [source]\nmov ecx, edx\nmov cl, 0\ncmpxchg8b [victim]",

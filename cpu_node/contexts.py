@@ -180,13 +180,16 @@ class Contexts:
         offset = va & 0xFFF
         place = line.host.get(offset)
         if place is None:
+            if va in table.crossing:
+                return self._crossing(va)
             if self.cache.full:
                 self.flush_cache()
                 return self.find(va)
             place = self._translate(line, offset)
             if place is None:
                 return self._crossing(va)
-        table.set(va, place)
+        if not table.entries[va]:
+            table.set(va, place)
         return place
 
     def _translate(self, line: Line, offset: int) -> int | None:
@@ -194,7 +197,7 @@ class Contexts:
         table, host = self.table, line.host
         for behind in made.returns:
             place = host.get(behind)
-            if place is not None:
+            if place is not None and not table.entries[line.va + behind]:
                 table.set(line.va + behind, place)
         return host.get(offset)
 
@@ -245,7 +248,8 @@ class Contexts:
         if place is None:
             place = self._translate(line, 0)
             assert place is not None
-        table.set(va, place)
+        if not table.entries[va]:
+            table.set(va, place)
         return place
 
     def _register(self, line: Line) -> None:

@@ -28,7 +28,7 @@ class Table:
         self.filled: dict[int, list[int]] = {}  # linear page number -> addresses with an entry
 
     def set(self, va: int, host_offset: int) -> None:
-        """Enter host code for `va`."""
+        """Enter host code for `va`, whose entry is empty."""
         self.entries[va] = at.CODE + host_offset
         filled = self.filled.get(va >> 12)
         if filled is None:

@@ -21,6 +21,7 @@ from cpu_node.decode import CS, FS, GS, Insn, TooLong, Undefined, decode
 from cpu_node.stubs_unsafe import assemble
 
 (PLAIN, JCC, JMP, CALL, END, ICALL, FUNCTION, LOOP, SIMULATE, STOP) = range(10)
+LONGEST_PATH = 8  # LOCK, 66, three opcode bytes, ModRM, SIB; more are heaped prefixes, not worth a node
 PLAIN_POST: Final = 20  # PLAIN with host code after the copied bytes
 
 # (kind, guest length, first byte copied or 0, host code before, host code after or function, host length)
@@ -162,6 +163,8 @@ class Templates:
         except (Undefined, TooLong):
             return (STOP, 1, 0, b"", None, 0)
         leaf = self.leaf(insn)
+        if insn.path > LONGEST_PATH:
+            return leaf
         node = self.root
         for i in range(offset, offset + insn.path - 1):
             below = node[page[i]]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from tests.insn.draft import READ_ONLY_PAGES, RW_PAGES
+from tests.insn.draft import HLTS_BEHIND, READ_ONLY_PAGES, RW_PAGES
 from tests.insn.generate import Generator
 from tests.insn.state import PAGE_FAULT, PAGE_SIZE, Blind, Case, CpuState, differences
 from tests.insn.worker import NATIVE, TRANSLATED, Worker
@@ -20,7 +20,6 @@ BATCH = 200
 NATIVE_ENDS = frozenset(("hlt", "fault"))
 ALIGNMENT_CHECK = 17
 DATA_PAGES = frozenset((*RW_PAGES, *READ_ONLY_PAGES))
-NEAR = 0x60  # the code of a case and the HLTs behind it
 LIMIT_VECTORS = frozenset((12, 13))
 WRAPPING = 0xFFFFFE00  # an FXSAVE image before 4 GiB
 MAX_FAILURES = 40  # then a shard stops: there is enough to look at
@@ -98,7 +97,8 @@ def _excluded(case: Case, native: CpuState, translated: CpuState) -> str | None:
         return "alignment checks are left out"
     if any("cmps" in row for row in case.rows) and native.stop.vector == translated.stop.vector == PAGE_FAULT:
         return "which operand of CMPS faults first is up to the processor"
-    if native.eip & -PAGE_SIZE in DATA_PAGES and abs(native.eip - case.eip) > NEAR:
+    in_its_code = 0 <= native.eip - case.eip < case.code_length + HLTS_BEHIND
+    if native.eip & -PAGE_SIZE in DATA_PAGES and not in_its_code:
         return "jumped into data, which may be anything"
     if _wraps(native, translated):
         return "an operand wraps at 4 GiB"

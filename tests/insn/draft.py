@@ -21,6 +21,7 @@ RW_PAGES, READ_ONLY_PAGES = (DATA, DATA + 0x1000, STACK, STACK + 0x1000, HIGH), 
 ABSENT = (DATA + 0x3000, DATA - 0x1000, STACK - 0x1000, HIGH + 0x1000)
 STACK_END = STACK + 0x2000
 MASK = 0xFFFFFFFF
+HLTS_BEHIND = 32  # after code in a data page
 BYTE_REGISTERS = 4  # AL CL DL BL, then AH CH DH BH
 NO_BASE, SIB_FOLLOWS = 5, 4
 
@@ -257,6 +258,6 @@ class Draft:
             if second_code_page:
                 self._pages[CODE + PAGE_SIZE] = (hlt_filled, self.code_writable)
         else:
-            code += hlt_filled[:32]
+            code += hlt_filled[:HLTS_BEHIND]
         self.poke(self.eip, code)
         return tuple(Page(va, bytes(data), writable) for va, (data, writable) in sorted(self._pages.items()))

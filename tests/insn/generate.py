@@ -156,6 +156,8 @@ class Generator:
             instance = write(row, draft)
             rows.append(row)
             undefined |= instance.undefined
+            if row.mnemonic in X87_POINTERS:
+                break  # nothing may read what it has stored
             if instance.undefined and row.action != "copy":  # the next instruction might depend on them
                 write(ADD_AL, draft)
                 rows.append(ADD_AL)

@@ -36,12 +36,8 @@ class PitState(DeviceState):
 class Pit8254(Device[PitState]):
     NAME = "pit8254"
     PORTS = (
-        PortRange(
-            "counters",
-            length=4,
-            posted=frozenset({0, 1, 2, CONTROL}),
-            prompt=frozenset({0, 1, 2}),  # the count's last byte starts the counting
-        ),
+        # Writing a count starts the counting, and calibration loops read another clock next: not posted.
+        PortRange("counters", length=4, posted=frozenset({CONTROL})),
         PortRange("port_b", length=1, posted=frozenset({0}), prompt=frozenset({0}), mirrored=frozenset({0})),
     )
     IRQS = ("out0",)

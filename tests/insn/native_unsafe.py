@@ -11,7 +11,7 @@ NativeRunner.  System calls by `int 80h`, SYSENTER or SYSCALL are stopped by a s
 as stop kind "syscall".
 
 Sources: Intel SDM volume 3, 3.4.5 and 9.8.5 (compatibility mode); Linux uapi/asm/sigcontext.h.
-Left out: segments with a base, 16-bit code.
+Left out: 16-bit code.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import struct
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
+from tests.insn.segments import CS, DS, ES, FS, GS, LDT, SS, base_of
 from tests.insn.state import (
     AC,
     FX_SIZE,
@@ -38,11 +39,12 @@ from tests.insn.state import (
     Stop,
 )
 
-CODE_SELECTOR, DATA_SELECTOR = 0x23, 0x2B
+HOST_CODE_SELECTOR = 0x33
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_POPULATE = 0x2, 0x20, 0x100000, 0x8000
-SYS_RT_SIGACTION, SYS_EXIT_GROUP, SYS_RT_SIGRETURN = 13, 231, 15
+SYS_RT_SIGACTION, SYS_EXIT_GROUP, SYS_RT_SIGRETURN, SYS_MODIFY_LDT = 13, 231, 15, 154
+WRITE_LDT = 0x11
 SA_SIGINFO, SA_ONSTACK, SA_RESTART, SA_RESTORER, SA_NODEFER = (
     0x4,
     0x08000000,
@@ -67,6 +69,7 @@ ALT_STACK_SIZE = REGION_SIZE - ALT_STACK
 # Offsets in the record.
 HOST_RSP, HOST_FS, HOST_GS, SIGNAL, TICKS = 0, 8, 0x10, 0x18, 0x20
 REGS, EFLAGS, FAR_POINTER, FX = 0x40, 0x80, 0x88, 0x200
+SELECTORS, FRAME_DS, FRAME_ES = 0xA0, 0xB0, 0xB2  # six words; what DS and ES were in the end
 FRAME, FRAME_FX = 0x400, 0x600  # what the frame said
 FX_USED = FX_XMM + 16 * FX_XMM_COUNT  # further on: XMM8 and up, and the kernel's notes
 
@@ -86,10 +89,11 @@ ENTER = f"""
     mov qword ptr [rax + {HOST_GS}], rcx
     mov dword ptr [rax + {TICKS}], 0
     fxrstor64 [rax + {FX}]
-    mov ecx, {DATA_SELECTOR}
-    mov ds, ecx
-    mov es, ecx
-    mov ss, ecx
+    mov es, word ptr [rax + {SELECTORS + 2 * ES}]
+    mov ss, word ptr [rax + {SELECTORS + 2 * SS}]
+    mov fs, word ptr [rax + {SELECTORS + 2 * FS}]
+    mov gs, word ptr [rax + {SELECTORS + 2 * GS}]
+    mov ds, word ptr [rax + {SELECTORS + 2 * DS}]
     push qword ptr [rax + {EFLAGS}]
     popfq
     mov ecx, dword ptr [rax + {REGS + 8}]
@@ -112,9 +116,11 @@ HANDLE = f"""
     movabs rax, {REGION + RECORD}
     cmp edi, {int(TICK_SIGNAL)}
     je tick
-    cmp word ptr [rdx + {UC_CS}], {CODE_SELECTOR}
-    jne crash
+    cmp word ptr [rdx + {UC_CS}], {HOST_CODE_SELECTOR}
+    je crash
 stop:
+    mov word ptr [rax + {FRAME_DS}], ds
+    mov word ptr [rax + {FRAME_ES}], es
     mov qword ptr [rax + {SIGNAL}], rdi
     lea rsi, [rdx + {UC_RDI}]
     lea rdi, [rax + {FRAME}]
@@ -135,8 +141,8 @@ stop:
     {"; ".join(f"pop {r}" for r in reversed(SAVED))}
     ret
 tick:
-    cmp word ptr [rdx + {UC_CS}], {CODE_SELECTOR}
-    jne resume
+    cmp word ptr [rdx + {UC_CS}], {HOST_CODE_SELECTOR}
+    je resume
     inc dword ptr [rax + {TICKS}]
     cmp dword ptr [rax + {TICKS}], {TICKS_UNTIL_HUNG}
     jae stop
@@ -213,6 +219,9 @@ class NativeRunner:
             _check(
                 libc.syscall(SYS_RT_SIGACTION, int(number), ctypes.byref(action), None, 8) == 0, "sigaction"
             )
+        for number, entry in enumerate(LDT):
+            desc = entry.user_desc(number)
+            _check(libc.syscall(SYS_MODIFY_LDT, WRITE_LDT, desc, len(desc)) == 0, "modify_ldt")
         trap_32_bit_system_calls()
         signal.setitimer(signal.ITIMER_VIRTUAL, TICK_SECONDS, TICK_SECONDS)
 
@@ -233,7 +242,8 @@ class NativeRunner:
     def run(self, case: Case) -> CpuState:
         self._place(case)
         struct.pack_into("<8Q", self._record, REGS, *case.regs)
-        struct.pack_into("<QIH", self._record, EFLAGS, case.eflags | 0x202, case.eip, CODE_SELECTOR)
+        struct.pack_into("<QIH", self._record, EFLAGS, case.eflags | 0x202, case.eip, case.selectors[CS])
+        struct.pack_into("<6H", self._record, SELECTORS, *case.selectors)
         struct.pack_into(f"{FX_SIZE}s", self._record, FX, case.fx)
         self._enter()
         return self._outcome(case)
@@ -263,9 +273,10 @@ class NativeRunner:
 
     def _outcome(self, case: Case) -> CpuState:
         (number,) = struct.unpack_from("<Q", self._record, SIGNAL)
-        edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, _cs, _gs, _fs, _ss, error, vector, _mask, cr2 = (
+        edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, cs, gs, fs, ss, error, vector, _mask, cr2 = (
             struct.unpack_from(UC_FORMAT, self._record, FRAME)
         )
+        ds, es = struct.unpack_from("<HH", self._record, FRAME_DS)
         changed = {}
         for page in case.pages:
             data = ctypes.string_at(page.va, PAGE_SIZE)
@@ -275,7 +286,7 @@ class NativeRunner:
             stop = Stop("hung")
         elif number == signal.SIGSYS:
             stop = Stop("syscall")
-        elif vector == GENERAL_PROTECTION and self._byte_at(eip) == HLT:
+        elif vector == GENERAL_PROTECTION and self._byte_at(base_of(cs) + eip & 0xFFFFFFFF) == HLT:
             stop = Stop("hlt")
         else:
             error = error & 0xFFFF if vector in VECTORS_WITH_ERROR else 0
@@ -287,6 +298,7 @@ class NativeRunner:
             eflags & ~RF,
             bytes(self._record.raw[FRAME_FX : FRAME_FX + FX_USED]).ljust(FX_SIZE, b"\0"),
             changed,
+            (es, cs, ss, ds, fs, gs),
         )
 
     def _byte_at(self, va: int) -> int:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import capstone
 
+from tests.insn.segments import CS, FLAT, SEGMENT_NAMES, base_of
+
 PAGE_SIZE = 4096
 REG_NAMES = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
 EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI = range(8)
@@ -85,12 +87,17 @@ class Case:
     group: str = ""
     blind: Blind = Blind()
     cpl: int = 3
+    selectors: tuple[int, ...] = FLAT  # ES, CS, SS, DS, FS, GS
+
+    @property
+    def code_va(self) -> int:
+        return base_of(self.selectors[CS]) + self.eip & 0xFFFFFFFF
 
     def code(self) -> bytes:
         """The bytes from eip on that were generated, as far as their page goes and the next one exists."""
         by_va = {page.va: page.data for page in self.pages}
         out = b""
-        va = self.eip
+        va = self.code_va
         while len(out) < self.code_length and va & -PAGE_SIZE in by_va:
             chunk = by_va[va & -PAGE_SIZE][va % PAGE_SIZE :]
             out += chunk[: self.code_length - len(out)]
@@ -139,6 +146,7 @@ class CpuState:
     eflags: int = 0
     fx: bytes = bytes(FX_SIZE)
     changed: dict[int, bytes] = field(default_factory=dict)
+    selectors: tuple[int, ...] = FLAT
 
 
 def fx_image(
@@ -225,6 +233,9 @@ def differences(case: Case, expected: CpuState, got: CpuState) -> list[str]:
         for number, (name, x, y) in enumerate(zip(REG_NAMES, a.regs, b.regs, strict=True)):
             if x != y and number not in blind_registers:
                 out.append(f"{name}: expected {x:#010x}, got {y:#010x}")
+    for name, x, y in zip(SEGMENT_NAMES, a.selectors, b.selectors, strict=True):
+        if x != y and case.cpl == 3:
+            out.append(f"{name}: expected {x:#06x}, got {y:#06x}")
     wrong = (a.eflags ^ b.eflags) & COMPARED_FLAGS & ~case.blind.eflags
     if wrong:
         out.append(
@@ -256,6 +267,8 @@ def describe(case: Case) -> str:
     (mxcsr,) = struct.unpack_from("<I", case.fx, FX_MXCSR)
     lines = [f"rows: {', '.join(case.rows)}; guest CPL {case.cpl}", *disassemble(case)]
     lines.append(" ".join(f"{n}={v:08x}" for n, v in zip(REG_NAMES, case.regs, strict=True)))
+    if case.selectors != FLAT:
+        lines.append(" ".join(f"{n}={v:04x}" for n, v in zip(SEGMENT_NAMES, case.selectors, strict=True)))
     lines.append(f"eflags={case.eflags:#x} ({_flag_names(case.eflags)})")
     lines.append(f"FCW={control:#06x} FSW={status:#06x} FTW={tags:#04x} MXCSR={mxcsr:#06x}")
     for i in range(FX_ST_COUNT):

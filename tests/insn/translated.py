@@ -25,10 +25,11 @@ from cpu_node import layout as at
 from cpu_node import stubs_unsafe
 from cpu_node.cpu import CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PSE
 from cpu_node.cpuid import CpuModel
-from cpu_node.descriptor import CS, FS, GS, INTERRUPT_GATE32, null, pack, pack_gate, parse
+from cpu_node.descriptor import CS, INTERRUPT_GATE32, null, pack, pack_gate, parse
 from cpu_node.engine import Engine
 from cpu_node.errors import GuestFault
 from cpu_node.paging import RW, US, A, D, P
+from tests.insn.segments import CS, LDT, SS, USER_CODE, USER_DATA, base_of, ldt_selector
 from tests.insn.state import (
     ESP,
     FX_SIZE,
@@ -47,20 +48,23 @@ VECTORS = 32
 
 # The supervisor's own pages, where random addresses seldom hit, and at the bottom of RAM.
 SYSTEM = 0x5E3A0000
-GDT, IDT, TSS, HANDLERS, RING0_STACK = (SYSTEM + n * PAGE_SIZE for n in range(5))
-SYSTEM_PAGES = 5
+GDT, IDT, TSS, HANDLERS, RING0_STACK, LDT_VA = (SYSTEM + n * PAGE_SIZE for n in range(6))
+SYSTEM_PAGES = 6
 PAGE_DIRECTORY = SYSTEM_PAGES * PAGE_SIZE  # pa; page tables and the cases' pages follow
 TSS_SIZE = 104
 FRAME_TOP = RING0_STACK + PAGE_SIZE
 
-KERNEL_CODE, KERNEL_DATA, USER_CODE, USER_DATA, TASK = 0x10, 0x18, 0x23, 0x2B, 0x30
+KERNEL_CODE, KERNEL_DATA, TASK, LDT_AT = 0x10, 0x18, 0x30, 0x38
 DESCRIPTORS = {
     KERNEL_CODE: pack(0, 0xFFFFF, 0xC09B),
     KERNEL_DATA: pack(0, 0xFFFFF, 0xC093),
     USER_CODE & ~3: pack(0, 0xFFFFF, 0xC0FB),
     USER_DATA & ~3: pack(0, 0xFFFFF, 0xC0F3),
     TASK: pack(TSS, TSS_SIZE - 1, 0x008B),
+    LDT_AT: pack(LDT_VA, 8 * len(LDT) - 1, 0x0082),
 }
+
+KERNEL_FLAT = (KERNEL_DATA, KERNEL_CODE, KERNEL_DATA, KERNEL_DATA, 0, 0)
 
 
 class RunnerPlatform:
@@ -147,6 +151,9 @@ class TranslatedRunner:
         self._segments = {selector: parse(selector, raw) for selector, raw in DESCRIPTORS.items()}
         for selector in (USER_CODE, USER_DATA):
             self._segments[selector] = parse(selector, DESCRIPTORS[selector & ~3])
+        for number, entry in enumerate(LDT):
+            self._segments[ldt_selector(number)] = parse(ldt_selector(number), entry.descriptor())
+        self._segments[0] = null(0)
         self._set_up_system()
         if simulate:  # an armed breakpoint (never reached): every instruction runs in the simulator
             self._engine.cpu.dr[0], self._engine.cpu.dr[7] = SYSTEM + PAGE_SIZE - 1, 0x401
@@ -179,6 +186,8 @@ class TranslatedRunner:
             self._dword(self._frame_of(SYSTEM + n * PAGE_SIZE).entry_pa, n * PAGE_SIZE | P | RW)
         for selector, raw in DESCRIPTORS.items():
             struct.pack_into("<Q", ram, GDT - SYSTEM + selector, raw)
+        for number, entry in enumerate(LDT):
+            struct.pack_into("<Q", ram, LDT_VA - SYSTEM + 8 * number, entry.descriptor())
         for vector in range(VECTORS):
             gate = pack_gate(INTERRUPT_GATE32, KERNEL_CODE, HANDLERS + vector, dpl=3)
             struct.pack_into("<Q", ram, IDT - SYSTEM + 8 * vector, gate)
@@ -192,6 +201,7 @@ class TranslatedRunner:
         cpu.gdt_base, cpu.gdt_limit = GDT, PAGE_SIZE - 1
         cpu.idt_base, cpu.idt_limit = IDT, 8 * VECTORS - 1
         cpu.tr = parse(TASK, DESCRIPTORS[TASK])
+        cpu.ldtr = parse(LDT_AT, DESCRIPTORS[LDT_AT])
         self._engine.flush_tlb(True)
 
     # One case
@@ -237,10 +247,8 @@ class TranslatedRunner:
     def _set_registers(self, case: Case) -> None:
         engine, segments = self._engine, self._segments
         cpu = engine.cpu
-        code, data = (USER_CODE, USER_DATA) if case.cpl == 3 else (KERNEL_CODE, KERNEL_DATA)
-        for index in range(6):
-            selector = code if index == CS else data
-            segment = null(0) if index in (FS, GS) else segments[selector]
+        for index, selector in enumerate(case.selectors if case.cpl == 3 else KERNEL_FLAT):
+            segment = segments[selector]
             if cpu.seg[index] is not segment:
                 cpu.seg[index] = segment
                 engine.segments_changed(index)
@@ -261,6 +269,7 @@ class TranslatedRunner:
         engine = self._engine
         cpu = engine.cpu
         regs = list(cpu.regs)
+        selectors = [segment.selector for segment in cpu.seg]
         eip, eflags = cpu.eip, cpu.eflags
         if case.cpl == 0:
             fault = engine.caught
@@ -269,19 +278,18 @@ class TranslatedRunner:
             else:
                 stop = Stop("fault", fault.vector, fault.error or 0, fault.cr2 or 0)
         else:
-            stop, eip, eflags = self._from_frame(regs)
+            stop, eip, eflags = self._from_frame(regs, selectors)
         changed = {}
         for page in case.pages:
             pa = self._frames[page.va].pa
             data = self._ram[pa : pa + PAGE_SIZE]
             if data != page.data:
                 changed[page.va] = data
-        return CpuState(
-            stop, eip, tuple(regs), eflags, bytes(engine.record.b[at.FX : at.FX + FX_SIZE]), changed
-        )
+        fx = bytes(engine.record.b[at.FX : at.FX + FX_SIZE])
+        return CpuState(stop, eip, tuple(regs), eflags, fx, changed, tuple(selectors))
 
-    def _from_frame(self, regs: list[int]) -> tuple[Stop, int, int]:
-        """(stop, eip, eflags) from the ring-0 stack; puts the case's ESP into regs."""
+    def _from_frame(self, regs: list[int], selectors: list[int]) -> tuple[Stop, int, int]:
+        """(stop, eip, eflags) from the ring-0 stack; puts the case's ESP, CS and SS into place."""
         cpu = self._engine.cpu
         vector = cpu.eip - 1 - HANDLERS
         assert 0 <= vector < VECTORS, f"halted at {cpu.eip:#x}"
@@ -292,10 +300,8 @@ class TranslatedRunner:
         if with_error:
             (error,) = struct.unpack_from("<I", self._ram, pa)
             pa += 4
-        eip, cs, eflags, esp, ss = struct.unpack_from("<5I", self._ram, pa)
-        assert (cs, ss) == (USER_CODE, USER_DATA), f"frame has cs={cs:#x} ss={ss:#x}"
-        regs[ESP] = esp
-        if vector == 13 and self._byte_at(eip) == HLT:
+        eip, selectors[CS], eflags, regs[ESP], selectors[SS] = struct.unpack_from("<5I", self._ram, pa)
+        if vector == 13 and self._byte_at(base_of(selectors[CS]) + eip & 0xFFFFFFFF) == HLT:
             return Stop("hlt"), eip, eflags
         return Stop("fault", vector, error, cpu.cr2 if vector == PAGE_FAULT else 0), eip, eflags
 

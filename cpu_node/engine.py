@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cpu_node import gates
 from cpu_node import layout as at
 from cpu_node import mode as modes
+from cpu_node.breakpoints import Breakpoints
 from cpu_node.contexts import Contexts, Filled
 from cpu_node.cpu import (
     CR0_EM,
@@ -69,11 +70,13 @@ class Engine:
         self.cpu = Cpu(self.record, self.memory, self, model)
         self.single = Single(self.record, self.contexts.cache.code, self.cpu)
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
+        self.breakpoints = Breakpoints(self.cpu, self.memory)
         self.simulator.kick = self._kick
         self.stopping = False
         self.mode = modes.STEP
         self.exits: Counter[int] = Counter()
         self._mode_dirty = True
+        self._after_ss = False  # the instruction before this one loaded SS
         self._shadow_over = False  # the instruction before this one had interrupts held off
         self._alarm: int | None = None
         self.record.d[at.KICK // 4] = 0
@@ -229,39 +232,40 @@ class Engine:
 
     def fault(self, fault: GuestFault) -> None:
         """Deliver an exception of the instruction at cpu.eip."""
+        self.cpu.pending_debug = 0
         if fault.vector == UD:
             self.report("bad-opcode", "#UD")
         gates.deliver_fault(self.cpu, fault)
 
     def interpreted(self) -> None:
         """One instruction in the simulator, with the debug facilities."""
-        cpu = self.cpu
+        cpu, breakpoints = self.cpu, self.breakpoints
         flags = cpu.eflags
+        armed = cpu.dr[7] & 0xFF
         shadow, cpu.inhibit_interrupts = cpu.inhibit_interrupts, False
-        if cpu.dr[7] & 0xFF and not flags & RF:
-            self._instruction_breakpoints()
-        row = self.simulator.step()
+        after_ss, self._after_ss = self._after_ss, False
+        if armed and not flags & RF and not after_ss:
+            breakpoints.check_execution()
+        if armed:
+            breakpoints.watch()
+        try:
+            row = self.simulator.step()
+        finally:
+            if armed:
+                breakpoints.unwatch()
         if flags & RF and cpu.eflags & RF and row.mnemonic != "iret":
             cpu.eflags &= ~RF
-        if flags & TF and row.mnemonic not in _CS_LIKE_INT and not cpu.inhibit_interrupts:
+        if flags & TF and row.mnemonic not in _CS_LIKE_INT:
             cpu.pending_debug |= DR6_BS
-        if cpu.pending_debug:
+        if armed:
+            cpu.pending_debug |= breakpoints.hits
+        if cpu.inhibit_interrupts and row.action != "sti":
+            self._after_ss = True  # MOV SS and POP SS hold debug exceptions off too [6.8.3]
+        elif cpu.pending_debug:
             self._debug_trap()
         if shadow:
             self._shadow_over = True
             self.record.d[at.KICK // 4] = 1
-
-    def _instruction_breakpoints(self) -> None:
-        """#DB faults of DR0..DR3 set for execution [vol. 3 17.2.4, 17.3.1.1]."""
-        cpu = self.cpu
-        va = cpu.seg[CS].base + cpu.eip & 0xFFFFFFFF
-        hit = 0
-        for n in range(4):
-            if cpu.dr[7] >> 2 * n & 3 and not cpu.dr[7] >> 16 + 4 * n & 3 and cpu.dr[n] == va:
-                hit |= 1 << n
-        if hit:
-            cpu.dr[6] |= hit
-            raise GuestFault(DB)
 
     def _debug_trap(self) -> None:
         cpu = self.cpu

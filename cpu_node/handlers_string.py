@@ -141,7 +141,8 @@ def _repeat(sim: Simulator, insn: Insn, element: Callable[[], bool]) -> None:
         return
     cpu = sim.cpu
     mask = 0xFFFF if insn.addr16 else 0xFFFFFFFF
-    for _ in range(1 if cpu.eflags & TF else BURST):  # single steps stop after every element
+    stepped = cpu.eflags & TF or cpu.dr[7] & 0xFF  # single steps and breakpoints stop after every element
+    for _ in range(1 if stepped else BURST):
         old = cpu.regs[ECX]
         if not old & mask:
             return

@@ -38,6 +38,7 @@ class Simulator:
         self.single = single
         self.platform = platform
         self.text = b""
+        self._fetch_bytes = memory.read  # data breakpoints see only what handlers read
         self.kick: Callable[[], None] = lambda: None  # interrupts may have changed: have them looked at
         self._decoded: dict[tuple[bytes, bool], Insn] = {}
 
@@ -54,13 +55,13 @@ class Simulator:
             raise GuestFault(GP, 0)
         va = code.base + eip & 0xFFFFFFFF
         left = 0x1000 - (va & 0xFFF)
-        text = self.memory.read(va, min(left, MAX_LENGTH), self.user)
+        text = self._fetch_bytes(va, min(left, MAX_LENGTH), self.user)
         code16 = not code.big
         try:
             try:
                 insn = self._decode(text, code16)
             except Truncated:
-                text += self.memory.read(va + left & 0xFFFFFFFF, MAX_LENGTH - left, self.user)
+                text += self._fetch_bytes(va + left & 0xFFFFFFFF, MAX_LENGTH - left, self.user)
                 insn = self._decode(text, code16)
         except Undefined:
             raise GuestFault(UD) from None

@@ -1,0 +1,89 @@
+"""Hardware breakpoints: DR0 to DR3 as DR7 arms them.
+
+Source: Intel SDM vol. 3B 17.2.4 (DR7), 17.2.5 (addresses and lengths), 17.3.1 (faults and traps). While one
+is armed, code runs one instruction at a time in the simulator; accesses are seen in its memory.
+Left out: breakpoints on I/O ports (CR4.DE with R/W = 2) never hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cpu_node.descriptor import CS
+from cpu_node.errors import DB, GuestFault
+
+if TYPE_CHECKING:
+    from cpu_node.cpu import Cpu
+    from cpu_node.paging import GuestMemory
+
+EXECUTION, WRITES, PORTS, ACCESSES = range(4)  # R/W fields
+_LENGTHS = (1, 2, 8, 4)  # by LEN field
+_WIDTHS: dict[str, Callable[..., int]] = {  # of the memory's methods, from the arguments behind the address
+    "read": lambda length, user=False: length,
+    "read8": lambda user=False: 1,
+    "read16": lambda user=False: 2,
+    "read32": lambda user=False: 4,
+    "read64": lambda user=False: 8,
+    "read32s": lambda count, user=False: 4 * count,
+    "write": lambda data, user=False: len(data),
+    "write8": lambda value, user=False: 1,
+    "write16": lambda value, user=False: 2,
+    "write32": lambda value, user=False: 4,
+    "write32s": lambda values, user=False: 4 * len(values),
+}
+
+
+class Breakpoints:
+    """Finds what an instruction hits."""
+
+    def __init__(self, cpu: Cpu, memory: GuestMemory) -> None:
+        self.cpu = cpu
+        self.memory = memory
+        self.hits = 0  # DR6 bits of data breakpoints since `watch`
+        self._data: list[tuple[int, int, int, bool]] = []  # first and last address, DR6 bit, reads too
+
+    def check_execution(self) -> None:
+        """#DB, a fault, where DR0 to DR3 say so. For EFLAGS.RF clear."""
+        cpu = self.cpu
+        va = cpu.seg[CS].base + cpu.eip & 0xFFFFFFFF
+        hits = sum(1 << n for n, kind, _ in self._armed() if kind == EXECUTION and cpu.dr[n] == va)
+        if hits:
+            cpu.dr[6] |= hits
+            raise GuestFault(DB)
+
+    def _armed(self) -> list[tuple[int, int, int]]:
+        """(number, R/W field, length)."""
+        dr7 = self.cpu.dr[7]
+        fields = [(n, dr7 >> 16 + 4 * n) for n in range(4) if dr7 >> 2 * n & 3]
+        return [(n, field & 3, _LENGTHS[field >> 2 & 3]) for n, field in fields]
+
+    def watch(self) -> None:
+        """From here on, until `unwatch`, note what data accesses hit."""
+        self.hits = 0
+        self._data = []
+        for n, kind, length in self._armed():
+            if kind in (WRITES, ACCESSES):
+                first = self.cpu.dr[n] & -length & 0xFFFFFFFF
+                self._data.append((first, first + length - 1, 1 << n, kind == ACCESSES))
+        if self._data:
+            for name, width in _WIDTHS.items():
+                setattr(self.memory, name, self._noting(name, width))
+
+    def unwatch(self) -> None:
+        """The memory as it was."""
+        if self._data:
+            for name in _WIDTHS:
+                delattr(self.memory, name)  # the class's own again
+
+    def _noting(self, name: str, width: Callable[..., int]) -> Callable[..., Any]:
+        access, writes = getattr(self.memory, name), name.startswith("write")
+
+        def noted(va: int, *args: Any, **kwargs: Any) -> Any:
+            last = va + width(*args, **kwargs) - 1
+            for low, high, bit, reads_too in self._data:
+                if va <= high and low <= last and (writes or reads_too):
+                    self.hits |= bit
+            return access(va, *args, **kwargs)
+
+        return noted

@@ -171,9 +171,9 @@ class Single:
         if insn.row.group in ("x87", "mmx") and self.record.b[at.FX + 2] & _ES and (
                 insn.row.mnemonic not in _NOT_WAITING):
             raise GuestFault(MF)  # before any fault of the operand
+        if width >= 16 and cpu.seg[segment].base + offset & 15 and insn.row.mnemonic not in _UNALIGNED:
+            raise GuestFault(GP, 0)  # before any #SS or #PF
         va = self.linear(segment, offset, width, access in "wm")
-        if width >= 16 and va & 15 and insn.row.mnemonic not in _UNALIGNED:
-            raise GuestFault(GP, 0)  # before any #PF
         if access in "wm":
             memory.probe_write(va, width, user)
         place = _OPERAND + (va & 63)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from random import Random
 
-from tests.insn.state import ESP, PAGE_SIZE, Page
+from tests.insn.segments import DS, FLAT, SS, base_of
+from tests.insn.state import EBP, ESP, PAGE_SIZE, Page
 from tests.insn.values import chance, integer
 
 # Where the pages are.  Around each run of pages nothing is mapped.
@@ -31,13 +32,17 @@ class Draft:
         self.rng = rng
         self.initial: list[int | None] = [None] * 8
         self.known: list[int | None] = [None] * 8
-        self.eip = eip
+        self.eip = eip  # linear
+        self.selectors = list(FLAT)  # at this point of the code
+        self.first_selectors: tuple[int, ...] = FLAT
         self.code = bytearray()
         self.starts: list[int] = []  # offset of each instruction in code
         self.relative: list[
             tuple[int, int, int]
         ] = []  # (offset, size, instruction) of branches not yet resolved
-        self.absolute: list[tuple[int, int]] = []  # (va of a dword in data, instruction) not yet resolved
+        # (va of a dword in data, instruction, base of its code segment) not yet resolved
+        self.absolute: list[tuple[int, int, int]] = []
+        self.far: list[tuple[int, int, int]] = []  # likewise, offset in code
         self.eflags = 0
         self.blind_memory: list[tuple[int, int]] = []
         self.blind_on_fault: list[tuple[int, int]] = []
@@ -61,7 +66,7 @@ class Draft:
         """Give a free register its initial value (else an interesting one); its value now, if known."""
         if self.initial[reg] is None:
             if value is None:
-                value = self._stack_pointer() if reg == ESP else integer(self.rng)
+                value = self.stack_pointer() if reg == ESP else integer(self.rng)
             self.initial[reg] = self.known[reg] = value & MASK
         return self.known[reg]
 
@@ -75,7 +80,11 @@ class Draft:
         value = self.settle(reg)
         self.known[reg] = None if value is None else value + by & MASK
 
-    def _stack_pointer(self) -> int:
+    def stack_pointer(self) -> int:
+        """An offset in the stack segment: mostly in the middle of the stack's pages."""
+        return self.offset(SS, self._stack_place())
+
+    def _stack_place(self) -> int:
         rng = self.rng
         kind = rng.randrange(100)
         if kind < 82:
@@ -87,6 +96,21 @@ class Draft:
         if kind < 97:
             return STACK_END - rng.randint(0, 16)
         return DATA + 0x2000 + rng.randint(-8, 0x400)
+
+    # Segments
+
+    def use_segments(self, selectors: tuple[int, ...]) -> None:
+        """Before anything else: what the segment registers hold."""
+        self.first_selectors, self.selectors = selectors, list(selectors)
+
+    def base(self, segment: int) -> int:
+        return base_of(self.selectors[segment])
+
+    def offset(self, segment: int, va: int) -> int:
+        return va - self.base(segment) & MASK
+
+    def stack_va(self, esp: int) -> int:
+        return self.base(SS) + esp & MASK
 
     # Memory
 
@@ -146,13 +170,16 @@ class Draft:
 
     # Addressing
 
-    def modrm_memory(self, reg_field: int, target: int, esp_offset: int = 0) -> bytes:
+    def modrm_memory(
+        self, reg_field: int, target: int, esp_offset: int = 0, override: int | None = None
+    ) -> bytes:
         """ModRM, SIB, displacement of an operand at `target`; as base, ESP has moved by esp_offset."""
         rng = self.rng
         for _ in range(4):
-            form = self._form(reg_field, target, esp_offset)
+            form = self._form(reg_field, target, esp_offset, override)
             if form is not None:
                 return form
+        target = self.offset(DS if override is None else override, target)
         if rng.getrandbits(1):  # SIB with neither base nor index
             scale = rng.getrandbits(2) << 6
             return bytes((reg_field << 3 | SIB_FOLLOWS, scale | 4 << 3 | NO_BASE)) + target.to_bytes(
@@ -160,7 +187,7 @@ class Draft:
             )
         return bytes((reg_field << 3 | NO_BASE,)) + target.to_bytes(4, "little")
 
-    def _form(self, reg_field: int, target: int, esp_offset: int) -> bytes | None:
+    def _form(self, reg_field: int, va: int, esp_offset: int, override: int | None) -> bytes | None:
         rng = self.rng
         use_sib = chance(rng, 50)
         base: int | None = rng.randrange(8)
@@ -179,6 +206,10 @@ class Draft:
         for reg in (base, index):
             if reg is not None and self.initial[reg] is not None and self.known[reg] is None:
                 return None
+        segment = SS if base in (ESP, EBP) else DS
+        if override is None and segment == SS and self.selectors[SS] != self.selectors[DS]:
+            return None  # the address was chosen for DS
+        target = self.offset(segment if override is None else override, va)
         disp = self._solve(target, base, index, scale, mod, esp_offset)
         if disp is None:
             return None
@@ -242,8 +273,12 @@ class Draft:
         for offset, size, number in self.relative:
             distance = self._address(number, reach) - (self.eip + offset + size)
             self.code[offset : offset + size] = (distance & MASK).to_bytes(4, "little")[:size]
-        for va, number in self.absolute:
-            self.poke(va, self._address(number, reach).to_bytes(4, "little"))
+        for va, number, base in self.absolute:
+            self.poke(va, (self._address(number, reach) - base & MASK).to_bytes(4, "little"))
+        for offset, number, base in self.far:
+            self.code[offset : offset + 4] = (self._address(number, reach) - base & MASK).to_bytes(
+                4, "little"
+            )
 
     def _address(self, number: int, reach: int) -> int:
         if number < len(self.starts):

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from cpu_node.table import ROWS, Row
 
-HOST_TABLES = "selectors mean something else on the host"
 HOST_KERNEL = "enters the host kernel"
 EXCLUDED: dict[str, str] = {
     "rdtsc": "result depends on time",
     "rdpmc": "result depends on time",
     "cpuid": "the guest has a CPU model of its own",
     **dict.fromkeys(("sgdt", "sidt", "sldt", "str", "smsw"), "emulated by the host kernel (UMIP)"),
-    **dict.fromkeys(("lar", "lsl", "verr", "verw", "retf", "iret"), HOST_TABLES),
-    **dict.fromkeys(("les", "lds", "lss", "lfs", "lgs"), HOST_TABLES),
     **dict.fromkeys(("int", "sysenter", "sysexit"), HOST_KERNEL),
     "int1": "hypervisors disagree on the EIP that its #DB saves",
     "hlt": "ends every case",
 }
-EXCLUDED_KEYS: dict[str, str] = {
-    **dict.fromkeys(("9A", "EA", "FF/3m", "FF/5m", "8E"), HOST_TABLES),
-    **dict.fromkeys(("07", "17", "1F", "0FA1", "0FA9"), HOST_TABLES),
-}
 
 
 def why_excluded(row: Row) -> str | None:
-    return EXCLUDED.get(row.mnemonic) or EXCLUDED_KEYS.get(row.key)
+    return EXCLUDED.get(row.mnemonic)
 
 
 # As kernel code (CPL 0) these do something else than at CPL 3, or push what differs there.

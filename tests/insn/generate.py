@@ -12,10 +12,23 @@ from random import Random
 
 from cpu_node.decode import Undefined, decode
 from cpu_node.table import ROWS, Row
-from tests.insn.draft import CODE, DATA, HIGH, Draft
+from tests.insn.draft import CODE, DATA, HIGH, MASK, Draft
 from tests.insn.exclusions import TESTED_ROWS, same_at_cpl0
 from tests.insn.instance import Instance
 from tests.insn.prepare import prepare
+from tests.insn.segments import (
+    CODE_SELECTORS,
+    CS,
+    DATA_SELECTORS,
+    DS,
+    ES,
+    FLAT,
+    FS,
+    SS,
+    STACK_SELECTOR,
+    WRITABLE_SELECTORS,
+    base_of,
+)  # fmt: skip
 from tests.insn.state import DF, EAX, ECX, EDI, HLT, PAGE_SIZE, STATUS_FLAGS, Blind, Case, fx_image
 from tests.insn.values import chance, fpu_state, integer, page_pool
 
@@ -57,7 +70,8 @@ def write(row: Row, draft: Draft) -> Instance:
     offset = b""
     if any(operand[0] == "O" for operand in row.operands):  # MOV AL,moffs and so on
         instance.va = draft.target(1 if "AL" in row.operands else instance.operand_size)
-        offset = instance.va.to_bytes(4, "little")[: 2 if instance.addr16 else 4]
+        segment = DS if instance.override is None else instance.override
+        offset = draft.offset(segment, instance.va).to_bytes(4, "little")[: 2 if instance.addr16 else 4]
     # ModRM first: it settles registers that contents depend on
     tail = instance.modrm() + offset + instance.immediates
     code = instance.prefixes() + instance.opcode() + tail
@@ -67,6 +81,8 @@ def write(row: Row, draft: Draft) -> Instance:
         draft.blind_memory.append((instance.va + start, length))
         if row.mnemonic == "fxsave":
             draft.blind_memory.append((instance.va + FXSAVE_RESERVED[0], FXSAVE_RESERVED[1]))
+    for va, data in instance.late:
+        draft.poke(va, data)
     draft.fault_page_only |= instance.memory and instance.width > 16
     draft.emit(code)
     for reg in instance.touched:
@@ -74,6 +90,21 @@ def write(row: Row, draft: Draft) -> Instance:
     for change in instance.after:
         change()
     return instance
+
+
+def _selectors(rng: Random, code_va: int) -> tuple[int, ...]:
+    """Mostly flat; FS and GS with a base; now and then anything."""
+    kind = rng.randrange(100)
+    if kind < 75:
+        return FLAT
+    selectors = [*FLAT[:FS], rng.choice(WRITABLE_SELECTORS), rng.choice(WRITABLE_SELECTORS)]
+    if kind >= 92:
+        selectors[ES] = rng.choice(DATA_SELECTORS)
+        selectors[DS] = rng.choice(DATA_SELECTORS)
+        selectors[SS] = rng.choice((STACK_SELECTOR, *WRITABLE_SELECTORS))
+        if code_va & -PAGE_SIZE == CODE:
+            selectors[CS] = rng.choice(CODE_SELECTORS)
+    return tuple(selectors)
 
 
 class Generator:
@@ -95,6 +126,7 @@ class Generator:
             return self._sequence(draft)
         if rng.getrandbits(1):
             return self._self_modifying(draft)
+        draft.use_segments(FLAT)
         draft.eip = CODE + rng.randrange(0x800)  # in one page: how far is an undefined instruction fetched?
         return self._illegal(draft)
 
@@ -107,6 +139,7 @@ class Generator:
         else:
             eip = rng.choice((DATA, DATA + 0x1000, HIGH)) + rng.randrange(0xE00)
         draft = Draft(rng, self._pool, chance(rng, 15), eip)
+        draft.use_segments(_selectors(rng, eip))
         draft.eflags = rng.getrandbits(12) & (STATUS_FLAGS | DF if chance(rng, 40) else STATUS_FLAGS)
         return draft
 
@@ -124,13 +157,19 @@ class Generator:
         draft.finish(REACH)
         pages = draft.pages(HLT_PAGE, second_code_page=crosses and chance(rng, 80))
         return Case(
-            eip=draft.eip,
+            eip=draft.eip - base_of(draft.first_selectors[CS]) & MASK,
             regs=tuple(value or 0 for value in draft.initial),
             eflags=draft.eflags,
             fx=fx,
             pages=pages,
             code_length=len(draft.code),
-            cpl=0 if chance(rng, 30) and not draft.wild and all(same_at_cpl0(row) for row in rows) else 3,
+            selectors=draft.first_selectors,
+            cpl=0
+            if chance(rng, 30)
+            and draft.first_selectors == FLAT
+            and not draft.wild
+            and all(same_at_cpl0(row) for row in rows)
+            else 3,
             rows=tuple(f"{row.key} {row.mnemonic}" for row in rows),
             group=group,
             blind=Blind(
@@ -167,6 +206,7 @@ class Generator:
         """A store to an instruction ahead, or to one that has already run and runs again."""
         rng = draft.rng
         draft.code_writable = chance(rng, 95)
+        draft.use_segments(FLAT)
         rows: list[Row] = []
         undefined = 0
         shape = rng.randrange(3)

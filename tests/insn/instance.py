@@ -9,13 +9,14 @@ import struct
 from collections.abc import Callable
 
 from cpu_node.table import Row
-from tests.insn.draft import BYTE_REGISTERS, Draft
+from tests.insn.draft import BYTE_REGISTERS, MASK, Draft
+from tests.insn.segments import CS, DS, ES, FS, GS, SS, inside
 from tests.insn.state import EAX, ECX, EDX
 from tests.insn.values import chance, double, extended, fpu_state, integer, mxcsr, single, vector, x87_control
 
 PREFIX_66, PREFIX_67, LOCK, REPNE, REP = 0x66, 0x67, 0xF0, 0xF2, 0xF3
-HARMLESS_SEGMENTS = (0x26, 0x36, 0x3E)  # ES, SS, DS: flat and writable
-CS_OVERRIDE = 0x2E
+SEGMENT_PREFIXES = (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65)  # ES, CS, SS, DS, FS, GS
+HARMLESS_SEGMENTS = (ES, SS, DS)  # flat and writable in most cases
 SIZED = frozenset("vzap") | {"bs", "env", "sav"}  # operand suffixes that 66h changes
 SIZED_ACTIONS = frozenset(
     (
@@ -60,14 +61,25 @@ class Instance:
         self.rm_field = self.rng.randrange(8) if row.rm is None else row.rm
         self.immediates = b""
         self.va: int | None = None
+        self.override = self._choose_override()
         self.esp_offset = 0
         self.touched: list[int] = []  # registers that may change
+        self.late: list[tuple[int, bytes]] = []  # contents to put in place after the operand's
         self.after: list[Callable[[], None]] = []  # what else changes, run after the code is in the draft
 
     def _may_be_memory(self) -> bool:
         if not self.row.rm_operand or self.row.rm_operand[0] in "RUN":
             return False
         return self.row.key == "0F0D" or chance(self.rng, 60)  # 0F0D with a register is #UD on some hosts
+
+    def _choose_override(self) -> int | None:
+        """A segment prefix: FS and GS more often where they can be used."""
+        kind = self.rng.random() * 100
+        if self.draft.selectors[FS] and kind < 40:
+            return self.rng.choice((FS, GS))
+        if kind < 47:
+            return self.rng.choice(HARMLESS_SEGMENTS)
+        return CS if kind < 48 else GS if kind < 48.2 else None
 
     def _percent_66(self) -> float:
         row = self.row
@@ -99,7 +111,12 @@ class Instance:
                 if self.width >= 16 and (self.row.group == "sse" or self.row.mnemonic in FULL_ALIGNMENT)
                 else 1
             )
-            self.va = self.draft.target(self.width, aligned)
+            segment = DS if self.override is None else self.override
+            offset = inside(self.draft.selectors[segment], self.rng, max(self.width, 1))
+            if offset is None:
+                self.va = self.draft.target(self.width, aligned)
+            else:
+                self.va = self.draft.base(segment) + offset & MASK & -aligned
 
     def modrm(self) -> bytes:
         if not self.row.has_modrm:
@@ -108,7 +125,7 @@ class Instance:
             return bytes((0xC0 | self.reg_field << 3 | self.rm_field,))
         if not self.addr16:
             assert self.va is not None
-            return self.draft.modrm_memory(self.reg_field, self.va, self.esp_offset)
+            return self.draft.modrm_memory(self.reg_field, self.va, self.esp_offset, self.override)
         mod, rm = self.rng.getrandbits(2) % 3, self.rng.randrange(8)
         size = 2 if mod == 2 or (mod == 0 and rm == 6) else mod
         return bytes((mod << 6 | self.reg_field << 3 | rm,)) + self.rng.randbytes(size)
@@ -196,10 +213,8 @@ class Instance:
             out.append(rng.choice((REP, REPNE)))
         if self.memory and row.lockable and chance(rng, 25):
             out.append(LOCK)
-        if chance(rng, 6):
-            out.append(rng.choice(HARMLESS_SEGMENTS))
-        elif chance(rng, 1):
-            out.append(CS_OVERRIDE)
+        if self.override is not None:
+            out.append(SEGMENT_PREFIXES[self.override])
         rng.shuffle(out)
         return bytes(out)
 

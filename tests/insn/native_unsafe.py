@@ -69,7 +69,7 @@ ALT_STACK_SIZE = REGION_SIZE - ALT_STACK
 # Offsets in the record.
 HOST_RSP, HOST_FS, HOST_GS, SIGNAL, TICKS = 0, 8, 0x10, 0x18, 0x20
 REGS, EFLAGS, FAR_POINTER, FX = 0x40, 0x80, 0x88, 0x200
-SELECTORS, FRAME_DS, FRAME_ES = 0xA0, 0xB0, 0xB2  # six words; what DS and ES were in the end
+SELECTORS, LAST_SELECTORS = 0xA0, 0xB0  # six words each: before; after (CS and SS are in the frame)
 FRAME, FRAME_FX = 0x400, 0x600  # what the frame said
 FX_USED = FX_XMM + 16 * FX_XMM_COUNT  # further on: XMM8 and up, and the kernel's notes
 
@@ -119,8 +119,10 @@ HANDLE = f"""
     cmp word ptr [rdx + {UC_CS}], {HOST_CODE_SELECTOR}
     je crash
 stop:
-    mov word ptr [rax + {FRAME_DS}], ds
-    mov word ptr [rax + {FRAME_ES}], es
+    mov word ptr [rax + {LAST_SELECTORS + 2 * ES}], es
+    mov word ptr [rax + {LAST_SELECTORS + 2 * DS}], ds
+    mov word ptr [rax + {LAST_SELECTORS + 2 * FS}], fs
+    mov word ptr [rax + {LAST_SELECTORS + 2 * GS}], gs
     mov qword ptr [rax + {SIGNAL}], rdi
     lea rsi, [rdx + {UC_RDI}]
     lea rdi, [rax + {FRAME}]
@@ -219,8 +221,8 @@ class NativeRunner:
             _check(
                 libc.syscall(SYS_RT_SIGACTION, int(number), ctypes.byref(action), None, 8) == 0, "sigaction"
             )
-        for number, entry in enumerate(LDT):
-            desc = entry.user_desc(number)
+        for index, entry in enumerate(LDT):
+            desc = entry.user_desc(index)
             _check(libc.syscall(SYS_MODIFY_LDT, WRITE_LDT, desc, len(desc)) == 0, "modify_ldt")
         trap_32_bit_system_calls()
         signal.setitimer(signal.ITIMER_VIRTUAL, TICK_SECONDS, TICK_SECONDS)
@@ -273,10 +275,10 @@ class NativeRunner:
 
     def _outcome(self, case: Case) -> CpuState:
         (number,) = struct.unpack_from("<Q", self._record, SIGNAL)
-        edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, cs, gs, fs, ss, error, vector, _mask, cr2 = (
+        edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, cs, _gs, _fs, ss, error, vector, _mask, cr2 = (
             struct.unpack_from(UC_FORMAT, self._record, FRAME)
         )
-        ds, es = struct.unpack_from("<HH", self._record, FRAME_DS)
+        es, _, _, ds, fs, gs = struct.unpack_from("<6H", self._record, LAST_SELECTORS)
         changed = {}
         for page in case.pages:
             data = ctypes.string_at(page.va, PAGE_SIZE)

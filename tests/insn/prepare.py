@@ -10,7 +10,19 @@ from collections.abc import Callable
 
 from tests.insn.draft import CODE, DATA, HIGH, MASK
 from tests.insn.instance import PREFIX_66, REP, REPNE, Instance
-from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF
+from tests.insn.segments import (
+    ANY_SELECTORS,
+    CODE_SELECTORS,
+    CS,
+    DS,
+    ES,
+    FS,
+    GS,
+    SS,
+    WRITABLE_SELECTORS,
+    base_of,
+)  # fmt: skip
+from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF, TF
 from tests.insn.values import chance, integer
 
 
@@ -18,8 +30,9 @@ def _stack_target(instance: Instance) -> None:
     """RET: a return address on the stack, most of the time."""
     draft = instance.draft
     esp = draft.settle(ESP)
-    if esp is not None and chance(instance.rng, 90) and draft.peek(esp, 4) is not None:
-        draft.absolute.append((esp, len(draft.starts) + 1 + instance.rng.randrange(2)))
+    if esp is not None and chance(instance.rng, 90) and draft.peek(draft.stack_va(esp), 4) is not None:
+        number = len(draft.starts) + 1 + instance.rng.randrange(2)
+        draft.absolute.append((draft.stack_va(esp), number, draft.base(CS)))
     if instance.row.operands:
         instance.immediates = instance.rng.choice((0, 4, 8, 3, 0x100, 0xFFFF)).to_bytes(2, "little")
     draft.spoil(ESP)
@@ -51,7 +64,8 @@ def _flags_on_stack(instance: Instance) -> None:
     if esp is not None and chance(instance.rng, 90):
         value = instance.rng.getrandbits(16) & (0xFFFF if chance(instance.rng, 20) else ~0x4100)
         instance.draft.poke(
-            esp, (value | instance.rng.choice((0, 0, 0, 0x200000)) & MASK).to_bytes(4, "little")
+            instance.draft.stack_va(esp),
+            (value | instance.rng.choice((0, 0, 0, 0x200000)) & MASK).to_bytes(4, "little"),
         )
 
 
@@ -65,7 +79,8 @@ def _pusha(instance: Instance) -> None:
     else:
         esp = instance.draft.initial[ESP]
         assert esp is not None
-        instance.draft.blind_on_fault.append((esp - 8 * instance.operand_size, 8 * instance.operand_size))
+        va = instance.draft.stack_va(esp)
+        instance.draft.blind_on_fault.append((va - 8 * instance.operand_size, 8 * instance.operand_size))
     distance = 8 * instance.operand_size * (1 if instance.row.action == "popa" else -1)
     instance.after.append(lambda: instance.draft.move(ESP, distance))
 
@@ -73,7 +88,7 @@ def _pusha(instance: Instance) -> None:
 def _leave(instance: Instance) -> None:
     draft, rng = instance.draft, instance.rng
     if draft.is_free(EBP) and chance(rng, 85):
-        draft.settle(EBP, draft._stack_pointer())
+        draft.settle(EBP, draft.stack_pointer())
     draft.settle(ESP)
     instance.touched = [EBP, ESP]
 
@@ -84,7 +99,8 @@ def _enter(instance: Instance) -> None:
     level = instance.rng.choice((0, 0, 0, 1, 2, 3, 31, 32, integer(instance.rng, 8)))
     esp = instance.draft.initial[ESP]
     assert esp is not None
-    instance.draft.blind_on_fault.append((esp - 4 * MAX_LEVEL, 4 * MAX_LEVEL))
+    va = instance.draft.stack_va(esp)
+    instance.draft.blind_on_fault.append((va - 4 * MAX_LEVEL, 4 * MAX_LEVEL))
     instance.immediates = struct.pack("<HB", size, level)
 
 
@@ -128,10 +144,10 @@ def _string(instance: Instance) -> None:
         for va in pointers:
             draft.poke(va - len(pattern) + size if backwards else va, pattern)
     if name in ("movs", "cmps", "lods"):
-        draft.settle(ESI, source)
+        draft.settle(ESI, draft.offset(DS if instance.override is None else instance.override, source))
         instance.touched.append(ESI)
     if name in ("movs", "cmps", "stos", "scas"):
-        draft.settle(EDI, destination)
+        draft.settle(EDI, draft.offset(ES, destination))
         instance.touched.append(EDI)
     if name in ("stos", "scas", "lods"):
         draft.settle(EAX, value)
@@ -187,12 +203,15 @@ def _translate(instance: Instance) -> None:
     draft = instance.draft
     eax = draft.settle(EAX)
     if draft.is_free(EBX):
-        draft.settle(EBX, draft.target(1) - ((eax or 0) & 0xFF))
+        va = draft.target(1) - ((eax or 0) & 0xFF)
+        draft.settle(EBX, draft.offset(DS if instance.override is None else instance.override, va))
     instance.touched.append(EAX)
 
 
 def _mask_move(instance: Instance) -> None:
-    instance.draft.settle(EDI, instance.draft.target(16 if instance.row.prefix == PREFIX_66 else 8))
+    draft = instance.draft
+    va = draft.target(16 if instance.row.prefix == PREFIX_66 else 8)
+    draft.settle(EDI, draft.offset(DS if instance.override is None else instance.override, va))
 
 
 def _compare_strings(instance: Instance) -> None:
@@ -254,11 +273,11 @@ def _indirect_branch(instance: Instance) -> None:
     number = len(draft.starts) + 1 + rng.randrange(2)
     instance.choose_address()
     if instance.va is not None and chance(rng, 95):
-        draft.absolute.append((instance.va, number))
+        draft.absolute.append((instance.va, number, draft.base(CS)))
     elif not instance.memory:
         # a register: the HLT filling far enough behind the code, or anywhere
         behind = draft.here + 0x80 + rng.randrange(64) if draft.eip < DATA else CODE + 0x800
-        draft.settle(instance.rm_field, behind if chance(rng, 85) else integer(rng))
+        draft.settle(instance.rm_field, draft.offset(CS, behind) if chance(rng, 85) else integer(rng))
 
 
 def _ascii_adjust(instance: Instance) -> None:
@@ -285,6 +304,135 @@ def _plain(instance: Instance) -> None:
     instance.take_registers()
 
 
+SEGMENT_NUMBER = {"ES": ES, "SS": SS, "DS": DS, "FS": FS, "GS": GS}
+POINTER_LOADS = {"les": ES, "lds": DS, "lss": SS, "lfs": FS, "lgs": GS}
+
+
+def _selector(instance: Instance) -> int:
+    return instance.rng.choice(WRITABLE_SELECTORS if chance(instance.rng, 60) else ANY_SELECTORS)
+
+
+def _code_selector(instance: Instance) -> int:
+    return instance.rng.choice(CODE_SELECTORS if chance(instance.rng, 85) else ANY_SELECTORS)
+
+
+def _loads(instance: Instance, segment: int, selector: int | None) -> None:
+    """Afterwards the segment register holds the selector (None: what it was made of isn't known)."""
+    draft = instance.draft
+
+    def change() -> None:
+        draft.selectors[segment] = draft.selectors[segment] if selector is None else selector
+
+    instance.after.append(change)
+
+
+def _move_to_segment(instance: Instance) -> None:
+    instance.reg_field = instance.rng.choice((ES, SS, DS, FS, GS)) if chance(instance.rng, 95) else CS
+    selector: int | None = _selector(instance)
+    instance.choose_address()
+    if not instance.memory:
+        selector = instance.draft.settle(instance.rm_field, selector)
+    elif instance.va is not None:
+        assert selector is not None
+        instance.late.append((instance.va, selector.to_bytes(2, "little")))
+    _loads(instance, instance.reg_field, None if selector is None else selector & 0xFFFF)
+
+
+def _pop_segment(instance: Instance) -> None:
+    draft, selector = instance.draft, _selector(instance)
+    esp = draft.settle(ESP)
+    if esp is not None:
+        draft.poke(draft.stack_va(esp), selector.to_bytes(2, "little"))
+    instance.after.append(lambda: draft.move(ESP, instance.operand_size))
+    _loads(instance, SEGMENT_NUMBER[instance.row.operands[0]], selector if esp is not None else None)
+
+
+def _load_pointer(instance: Instance) -> None:
+    selector = _selector(instance)
+    instance.choose_address()
+    if instance.va is not None:
+        instance.late.append((instance.va + instance.operand_size, selector.to_bytes(2, "little")))
+    instance.take_registers()
+    _loads(instance, POINTER_LOADS[instance.row.mnemonic], selector)
+
+
+def _ask_about_selector(instance: Instance) -> None:
+    """LAR, LSL, VERR, VERW."""
+    selector = instance.rng.choice(ANY_SELECTORS)
+    instance.choose_address()
+    if instance.memory:
+        if instance.va is not None:
+            instance.late.append((instance.va, selector.to_bytes(2, "little")))
+    else:
+        instance.draft.settle(instance.rm_field, selector)
+    instance.take_registers()
+
+
+def _far_call_frame(instance: Instance) -> None:
+    """The return address may be on the stack although the target is no good."""
+    draft = instance.draft
+    esp = draft.settle(ESP)
+    if esp is not None:
+        size = 2 * instance.operand_size
+        draft.blind_on_fault.append((draft.stack_va(esp) - size, size))
+    instance.after.append(lambda: draft.spoil(ESP))
+
+
+def _far_direct(instance: Instance) -> None:
+    """JMP and CALL ptr16:32."""
+    draft, selector = instance.draft, _code_selector(instance)
+    if instance.row.mnemonic == "call":
+        _far_call_frame(instance)
+    size = instance.operand_size
+    instance.immediates = bytes(size) + selector.to_bytes(2, "little")
+    number = len(draft.starts) + 1 + instance.rng.randrange(2)
+    if size == 4:
+        instance.after.append(lambda: draft.far.append((len(draft.code) - 6, number, base_of(selector))))
+    _loads(instance, CS, selector)
+
+
+def _far_indirect(instance: Instance) -> None:
+    """JMP and CALL m16:32."""
+    draft, selector = instance.draft, _code_selector(instance)
+    if instance.row.mnemonic == "call":
+        _far_call_frame(instance)
+    instance.choose_address()
+    if instance.va is not None:
+        number = len(draft.starts) + 1 + instance.rng.randrange(2)
+        draft.absolute.append((instance.va, number, base_of(selector)))
+        instance.late.append((instance.va + instance.operand_size, selector.to_bytes(2, "little")))
+    _loads(instance, CS, selector)
+
+
+def _far_return(instance: Instance) -> None:
+    """RETF and IRET: EIP, CS and for IRET the flags on the stack."""
+    draft, selector, size = instance.draft, _code_selector(instance), instance.operand_size
+    draft.fault_page_only = True
+    esp = draft.settle(ESP)
+    if esp is not None:
+        va = draft.stack_va(esp)
+        number = len(draft.starts) + 1 + instance.rng.randrange(2)
+        draft.absolute.append((va, number, base_of(selector)))
+        instance.late.append((va + size, selector.to_bytes(2, "little")))
+        if instance.row.mnemonic == "iret":
+            flags = instance.rng.getrandbits(12) & ~TF
+            instance.late.append((va + 2 * size, flags.to_bytes(4, "little")[:size]))
+    if instance.row.operands:
+        # Beyond the immediate lies the outer stack pointer: hosts look before they refuse a selector.
+        counts = (0, 4, 8, 3, 0x100, 0xFFFF) if selector in CODE_SELECTORS else (0, 4)
+        instance.immediates = instance.rng.choice(counts).to_bytes(2, "little")
+    draft.spoil(ESP)
+    _loads(instance, CS, selector)
+
+
+PREPARE_KEY: dict[str, Callable[[Instance], None]] = {
+    "8E": _move_to_segment, "9A": _far_direct, "EA": _far_direct,
+    "FF/3m": _far_indirect, "FF/5m": _far_indirect,
+    **dict.fromkeys(("07", "17", "1F", "0FA1", "0FA9"), _pop_segment),
+    **dict.fromkeys(("C4m", "C5m", "0FB2m", "0FB4m", "0FB5m"), _load_pointer),
+    **dict.fromkeys(("0F02", "0F03", "0F00/4", "0F00/5"), _ask_about_selector),
+    **dict.fromkeys(("CA", "CB", "CF"), _far_return),
+}  # fmt: skip
 PREPARE_ACTION: dict[str, Callable[[Instance], None]] = {
     "ret": _stack_target, "push": _push, "pushimm": _push, "pushm": _push, "pushf": _push, "pushseg": _push,
     "pop": _pop, "popm": _pop, "popf": _pop, "pusha": _pusha, "popa": _pusha, "leave": _leave,
@@ -303,7 +451,9 @@ PREPARE_MNEMONIC: dict[str, Callable[[Instance], None]] = {
 
 def prepare(instance: Instance) -> None:
     row = instance.row
-    function = PREPARE_ACTION.get(row.action) or PREPARE_MNEMONIC.get(row.mnemonic)
+    function = (
+        PREPARE_KEY.get(row.key) or PREPARE_ACTION.get(row.action) or PREPARE_MNEMONIC.get(row.mnemonic)
+    )
     if function is None and row.mnemonic == "imul" and row.ext is not None:
         function = _accumulators
     (function or _plain)(instance)

@@ -1,15 +1,16 @@
 """The segments of the tests: flat ones by the selectors that Linux gives user code, others in an LDT.
 
-The host's LDT (modify_ldt) and the guest's LDT hold the same descriptors, so that selectors mean the same on
-both sides: data with a base and a limit, read-only, expand-down, not present, code with a base, execute-only code.
+The host's LDT (modify_ldt) and the guest's hold the same descriptors, so that selectors mean the same on both
+sides: data with a base and a limit, read-only, expand-down, not present; code with a base, execute-only code.
 
 Source: Intel SDM volume 3, 3.4.5; Linux asm/ldt.h (user_desc).
-Left out: 16-bit code and stacks, call gates and task gates (no host process may have them), conforming code (nor that).
+Left out: 16-bit code and stacks, call and task gates and conforming code (no host process may have them).
 """
 
 from __future__ import annotations
 
 import struct
+from random import Random
 from typing import NamedTuple
 
 from cpu_node.descriptor import pack
@@ -75,11 +76,28 @@ WRITABLE_SELECTORS = tuple(
     for n, e in enumerate(LDT)
     if e.present and e.contents <= EXPAND_DOWN and not e.read_exec_only
 )
+STACK_SELECTOR = ldt_selector(5)
+CODE_SELECTORS = (USER_CODE, *(ldt_selector(n) for n, e in enumerate(LDT) if e.contents == CODE))
 # What an instruction may try to load: good, null, beyond the table, not present, supervisor's, code.
 ANY_SELECTORS = (
     *(ldt_selector(n) for n in range(len(LDT) + 1)), *(ldt_selector(n) & ~3 for n in range(3)),
     0, 1, 3, USER_CODE, USER_DATA, USER_DATA & ~3, 0x10, 0x18, 0xFFFF, 0xFFF8,
 )  # fmt: skip
+
+
+def inside(selector: int, rng: Random, width: int) -> int | None:
+    """An offset in the segment, at times across its end; None for a segment of 4 GiB."""
+    number = selector >> 3
+    if selector & LDT_SELECTOR != LDT_SELECTOR or number >= len(LDT) or LDT[number].pages:
+        return None
+    entry = LDT[number]
+    if entry.contents == EXPAND_DOWN:
+        return entry.limit + 1 + rng.randint(-2, 0x2000)
+    return (
+        rng.randrange(entry.limit + 2 - width)
+        if rng.randrange(8)
+        else entry.limit + 1 - rng.randint(0, width)
+    )
 
 
 def base_of(selector: int) -> int:

@@ -234,7 +234,8 @@ def differences(case: Case, expected: CpuState, got: CpuState) -> list[str]:
             if x != y and number not in blind_registers:
                 out.append(f"{name}: expected {x:#010x}, got {y:#010x}")
     for name, x, y in zip(SEGMENT_NAMES, a.selectors, b.selectors, strict=True):
-        if x != y and case.cpl == 3:
+        same_null = x <= 3 and y <= 3  # the host's IRETs clear the RPL of null selectors
+        if x != y and not same_null and case.cpl == 3:
             out.append(f"{name}: expected {x:#06x}, got {y:#06x}")
     wrong = (a.eflags ^ b.eflags) & COMPARED_FLAGS & ~case.blind.eflags
     if wrong:

@@ -25,7 +25,7 @@ from cpu_node import layout as at
 from cpu_node import stubs_unsafe
 from cpu_node.cpu import CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PSE
 from cpu_node.cpuid import CpuModel
-from cpu_node.descriptor import CS, INTERRUPT_GATE32, null, pack, pack_gate, parse
+from cpu_node.descriptor import INTERRUPT_GATE32, null, pack, pack_gate, parse
 from cpu_node.engine import Engine
 from cpu_node.errors import GuestFault
 from cpu_node.paging import RW, US, A, D, P

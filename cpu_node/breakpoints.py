@@ -7,11 +7,11 @@ Left out: breakpoints on I/O ports (CR4.DE with R/W = 2) never hit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpu_node.descriptor import CS
 from cpu_node.errors import DB, GuestFault
+from cpu_node.observe import observe, stop
 
 if TYPE_CHECKING:
     from cpu_node.cpu import Cpu
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 
 EXECUTION, WRITES, PORTS, ACCESSES = range(4)  # R/W fields
 _LENGTHS = (1, 2, 8, 4)  # by LEN field
-_WIDTHS: dict[str, Callable[..., int]] = {  # of the memory's methods, from the arguments behind the address
-    "read": lambda length, user=False: length,
-    "read8": lambda user=False: 1,
-    "read16": lambda user=False: 2,
-    "read32": lambda user=False: 4,
-    "read64": lambda user=False: 8,
-    "read32s": lambda count, user=False: 4 * count,
-    "write": lambda data, user=False: len(data),
-    "write8": lambda value, user=False: 1,
-    "write16": lambda value, user=False: 2,
-    "write32": lambda value, user=False: 4,
-    "write32s": lambda values, user=False: 4 * len(values),
-}
 
 
 class Breakpoints:
@@ -67,23 +54,14 @@ class Breakpoints:
                 first = self.cpu.dr[n] & -length & 0xFFFFFFFF
                 self._data.append((first, first + length - 1, 1 << n, kind == ACCESSES))
         if self._data:
-            for name, width in _WIDTHS.items():
-                setattr(self.memory, name, self._noting(name, width))
+            observe(self.memory, self._note)
 
     def unwatch(self) -> None:
         """The memory as it was."""
         if self._data:
-            for name in _WIDTHS:
-                delattr(self.memory, name)  # the class's own again
+            stop(self.memory)
 
-    def _noting(self, name: str, width: Callable[..., int]) -> Callable[..., Any]:
-        access, writes = getattr(self.memory, name), name.startswith("write")
-
-        def noted(va: int, *args: Any, **kwargs: Any) -> Any:
-            last = va + width(*args, **kwargs) - 1
-            for low, high, bit, reads_too in self._data:
-                if va <= high and low <= last and (writes or reads_too):
-                    self.hits |= bit
-            return access(va, *args, **kwargs)
-
-        return noted
+    def _note(self, va: int, width: int, writes: bool, user: bool) -> None:
+        for low, high, bit, reads_too in self._data:
+            if va <= high and low < va + width and (writes or reads_too):
+                self.hits |= bit

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from cpu_node import gates
 from cpu_node import layout as at
 from cpu_node import mode as modes
+from cpu_node.alignment import checked
 from cpu_node.breakpoints import Breakpoints
 from cpu_node.contexts import Contexts, Filled
 from cpu_node.cpu import (
+    CR0_AM,
     CR0_EM,
     CR0_ET,
     CR0_PE,
@@ -32,7 +34,7 @@ from cpu_node.cpu import (
 from cpu_node.decode import decode
 from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, parse
 from cpu_node.errors import DB, NMI, UD, GuestFault
-from cpu_node.flags import RF, TF, VM
+from cpu_node.flags import AC, RF, TF, VM
 from cpu_node.line import PAGE, Line
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     from cpu_node.cpuid import CpuModel
     from cpu_node.lapic import LocalApic
     from cpu_node.platform import Platform
+    from cpu_node.table import Row
 
+_SPECIAL_FLAGS = TF | RF | AC
 _PAGE_FAULT = 14
 _STI = 0xFB
 _CS_LIKE_INT = frozenset(("int", "int3", "into", "int1"))
@@ -184,11 +188,10 @@ class Engine:
                         continue
                 if self._mode_dirty:
                     self._set_mode()
-                if self.mode & modes.INTERPRETED or d[system_flags] & TF or cpu.inhibit_interrupts:
+                if (self.mode & modes.INTERPRETED or cpu.inhibit_interrupts
+                        or (d[system_flags] & _SPECIAL_FLAGS and self._needs_steps())):
                     self.interpreted()
                     continue
-                if d[system_flags] & RF:  # no breakpoint is armed in this mode: as good as over
-                    d[system_flags] &= ~RF
                 q[entry] = at.CODE + contexts.find(cpu.eip)
                 if d[kick]:
                     continue
@@ -249,7 +252,7 @@ class Engine:
         if armed:
             breakpoints.watch()
         try:
-            row = self.simulator.step()
+            row = self._step_checking_alignment() if self._checks_alignment() else self.simulator.step()
         finally:
             if armed:
                 breakpoints.unwatch()
@@ -266,6 +269,21 @@ class Engine:
         if shadow:
             self._shadow_over = True
             self.record.d[at.KICK // 4] = 1
+
+    def _needs_steps(self) -> bool:
+        """TF, AC or RF is set: must instructions be run one by one?"""
+        d, system_flags = self.record.d, at.SYSTEM_FLAGS // 4
+        if not self.mode & modes.INTERPRETED:
+            d[system_flags] &= ~RF  # no breakpoint is armed in this mode: RF is as good as over
+        return bool(d[system_flags] & TF) or self._checks_alignment()
+
+    def _checks_alignment(self) -> bool:
+        cpu = self.cpu
+        return cpu.cpl == 3 and bool(cpu.cr0 & CR0_AM and self.record.d[at.SYSTEM_FLAGS // 4] & AC)
+
+    def _step_checking_alignment(self) -> Row:
+        with checked(self.memory):
+            return self.simulator.step()
 
     def _debug_trap(self) -> None:
         cpu = self.cpu

@@ -12,15 +12,16 @@ import signal
 import pytest
 
 from cpu_node import layout as at
-from cpu_node.cpu import CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, EAX, ECX, ESP
+from cpu_node.cpu import CR0_AM, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, EAX, ECX, ESP
 from cpu_node.descriptor import CS, FS, SS, TRAP_GATE32, pack
-from cpu_node.errors import BP, BR, DE, GP, MF, NM, OF, PF, UD, XM, TripleFault
+from cpu_node.errors import AC, BP, BR, DE, GP, MF, NM, OF, PF, UD, XM, TripleFault
 from cpu_node.flags import IF, IOPL, RF
 from tests.cpu_node.board import (
     CODE,
     CODE0,
     DATA,
     DATA0,
+    DIRECTORY,
     GDT,
     RW,
     STACK,
@@ -790,3 +791,33 @@ def test_storm(kind: str, seed: int) -> None:
     if kind == "interrupts":
         assert board.peek32(COUNTER) > 20
 
+
+
+# ---- alignment checking
+
+MISALIGNED = {
+    "mov eax, [esi+1]": True, "mov eax, [esi+2]": True, "mov eax, [esi+4]": False, "mov ax, [esi+1]": True,
+    "mov al, [esi+1]": False, "mov [esi+3], eax": True, "inc dword ptr [esi+2]": True,
+    "add esp, 2\npush eax": True,
+    "add esp, 2\npop eax": True, "add esp, 2\ncall next\nnext: nop": True, "fld qword ptr [esi+4]": True,
+    "fld tbyte ptr [esi+8]": False, "movsd xmm0, [esi+4]": True, "movups xmm0, [esi+4]": False,
+    "movzx eax, byte ptr [esi+3]": False, "inc esi\nlodsd": True, "lodsb\nlodsb\nlodsb": False,
+    "lea eax, [esi+1]": False, "fnstenv [esi+2]": True, "bt [esi+1], eax": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISALIGNED)
+@isolated
+def test_alignment_check(text: str) -> None:
+    """#AC(0) at CPL 3 with CR0.AM and EFLAGS.AC, else none [vol. 3 6.15, interrupt 17]."""
+    board = Board()
+    for cpl, am, ac in ((3, True, True), (3, True, False), (3, False, True), (0, True, True)):
+        board.forget()
+        board.ram[DIRECTORY:CODE] = bytes(CODE - DIRECTORY)
+        board.paging()
+        board.flat_segments(cpl)
+        board.cpu.cr0 = board.cpu.cr0 & ~CR0_AM | (CR0_AM if am else 0)
+        flags = 0x40000 if ac else 0
+        board.run(f"mov esi, {DATA:#x}\npush {2 | flags:#x}\npopfd\n{text}\nud2")
+        faults = [(AC, 0)] if MISALIGNED[text] and (cpl, am, ac) == (3, True, True) else [(UD, None)]
+        assert [(f.vector, f.error) for f in board.faults] == faults, (cpl, am, ac)

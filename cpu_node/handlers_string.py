@@ -1,6 +1,6 @@
 """Simulated string instructions, one element at a time, and MASKMOV.
 
-Source: Intel SDM vol. 2, MOVS, CMPS, SCAS, LODS, STOS, INS, OUTS, REP, MASKMOVQ, MASKMOVDQU.
+Source: Intel SDM vol. 2, MOVS, CMPS, SCAS, LODS, STOS, REP, MASKMOV. INS, OUTS: handlers_port.py.
 Registers move with each element, so a fault in the middle leaves a state that restarts. Long repeats are
 left with EIP at the instruction every BURST elements, so that interrupts get in.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cpu_node import tasks
-from cpu_node.cpu import EAX, ECX, EDI, EDX, ESI
+from cpu_node.cpu import EAX, ECX, EDI, ESI
 from cpu_node.decode import ES, Insn
 from cpu_node.errors import MF, GuestFault
 from cpu_node.flags import DF, TF
@@ -37,59 +36,26 @@ def string(sim: Simulator, insn: Insn) -> None:
         value = 0
         if kind in (0xA4, 0xA6, 0xAC):
             source = 3 if insn.segment is None else insn.segment
-            va = sim.single.linear(source, _index(sim, insn, ESI), size, False)
+            va = sim.single.linear(source, index(sim, insn, ESI), size, False)
             value = int.from_bytes(memory.read(va, size, user), "little")
         else:
             value = sim.read_reg(EAX, size)
         if kind in (0xA4, 0xAA):
-            va = sim.single.linear(ES, _index(sim, insn, EDI), size, True)
+            va = sim.single.linear(ES, index(sim, insn, EDI), size, True)
             memory.write(va, value.to_bytes(size, "little"), user)
         elif kind == 0xAC:
             sim.write_reg(EAX, size, value)
         else:
-            va = sim.single.linear(ES, _index(sim, insn, EDI), size, False)
+            va = sim.single.linear(ES, index(sim, insn, EDI), size, False)
             other = int.from_bytes(memory.read(va, size, user), "little")
             _compare(sim, value, other, size)
         if kind in (0xA4, 0xA6, 0xAC):
-            _advance(sim, insn, ESI, size)
+            advance(sim, insn, ESI, size)
         if kind != 0xAC:
-            _advance(sim, insn, EDI, size)
+            advance(sim, insn, EDI, size)
         return not compares or bool(sim.cpu.eflags & _ZF) == (insn.rep == 0xF3)
 
-    _repeat(sim, insn, element)
-
-
-def port_in(sim: Simulator, insn: Insn) -> None:
-    """INS."""
-    size = insn.opsize if insn.row.opcode & 1 else 1
-    port = sim.cpu.regs[EDX] & 0xFFFF
-    tasks.check_io(sim.cpu, port, size)
-
-    def element() -> bool:
-        va = sim.single.linear(ES, _index(sim, insn, EDI), size, True)
-        sim.memory.probe_write(va, size, sim.user)
-        value = sim.platform.port_read(port, size)
-        sim.memory.write(va, value.to_bytes(size, "little"), sim.user)
-        _advance(sim, insn, EDI, size)
-        return True
-
-    _repeat(sim, insn, element)
-
-
-def port_out(sim: Simulator, insn: Insn) -> None:
-    """OUTS."""
-    size = insn.opsize if insn.row.opcode & 1 else 1
-    port = sim.cpu.regs[EDX] & 0xFFFF
-    tasks.check_io(sim.cpu, port, size)
-
-    def element() -> bool:
-        source = 3 if insn.segment is None else insn.segment
-        va = sim.single.linear(source, _index(sim, insn, ESI), size, False)
-        sim.platform.port_write(port, size, int.from_bytes(sim.memory.read(va, size, sim.user), "little"))
-        _advance(sim, insn, ESI, size)
-        return True
-
-    _repeat(sim, insn, element)
+    repeat(sim, insn, element)
 
 
 def mask_move(sim: Simulator, insn: Insn) -> None:
@@ -106,7 +72,7 @@ def mask_move(sim: Simulator, insn: Insn) -> None:
         fx[FX + 3] &= ~_TOP
         fx[FX + 4] = 0xFF
     segment = 3 if insn.segment is None else insn.segment
-    va = sim.single.linear(segment, _index(sim, insn, EDI), size, True)
+    va = sim.single.linear(segment, index(sim, insn, EDI), size, True)
     sim.memory.probe_write(va, size, sim.user)
     for n in range(size):
         if mask[n] & 0x80:
@@ -124,18 +90,18 @@ def _mmx(record: memoryview, number: int) -> bytes:
     return bytes(record[FX + 32 + 16 * slot : FX + 40 + 16 * slot])
 
 
-def _index(sim: Simulator, insn: Insn, register: int) -> int:
+def index(sim: Simulator, insn: Insn, register: int) -> int:
     return sim.cpu.regs[register] & (0xFFFF if insn.addr16 else 0xFFFFFFFF)
 
 
-def _advance(sim: Simulator, insn: Insn, register: int, size: int) -> None:
+def advance(sim: Simulator, insn: Insn, register: int, size: int) -> None:
     regs = sim.cpu.regs
     mask = 0xFFFF if insn.addr16 else 0xFFFFFFFF
     step = -size if sim.cpu.eflags & DF else size
     regs[register] = regs[register] & ~mask & 0xFFFFFFFF | regs[register] + step & mask
 
 
-def _repeat(sim: Simulator, insn: Insn, element: Callable[[], bool]) -> None:
+def repeat(sim: Simulator, insn: Insn, element: Callable[[], bool]) -> None:
     if not insn.rep:
         element()
         return

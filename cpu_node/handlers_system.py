@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cpu_node import control, cpuid, far, gates, handlers_string, iret, msr, segments, stack, tasks
-from cpu_node.cpu import EAX, EDX, ESP, Cpu
+from cpu_node import control, cpuid, far, gates, handlers_port, iret, msr, segments, stack
+from cpu_node.cpu import EAX, ESP, Cpu
 from cpu_node.decode import Insn
 from cpu_node.descriptor import DS, ES, FS, GS, SS
 from cpu_node.errors import DE, UD, GuestFault
@@ -180,25 +180,6 @@ def _undefined(sim: Simulator, insn: Insn) -> None:
     raise GuestFault(UD)
 
 
-# ---- I/O
-
-
-def _in(sim: Simulator, insn: Insn) -> None:
-    opcode = insn.row.opcode
-    size = insn.opsize if opcode & 1 else 1
-    port = sim.cpu.regs[EDX] & 0xFFFF if opcode >= 0xEC else insn.imm & 0xFF
-    tasks.check_io(sim.cpu, port, size)
-    sim.write_reg(EAX, size, sim.platform.port_read(port, size))
-
-
-def _out(sim: Simulator, insn: Insn) -> None:
-    opcode = insn.row.opcode
-    size = insn.opsize if opcode & 1 else 1
-    port = sim.cpu.regs[EDX] & 0xFFFF if opcode >= 0xEC else insn.imm & 0xFF
-    tasks.check_io(sim.cpu, port, size)
-    sim.platform.port_write(port, size, sim.read_reg(EAX, size))
-
-
 # ---- control registers
 
 
@@ -285,10 +266,12 @@ HANDLERS: dict[tuple[int, int], Handler] = {
     (1, 0xA1): _pop_segment, (1, 0xA9): _pop_segment,
     (0, 0x9A): _far_direct, (0, 0xEA): _far_direct, (0, 0xFF): _group5,
     (1, 0x20): _move_control, (1, 0x21): _move_control, (1, 0x22): _move_control, (1, 0x23): _move_control,
-    (0, 0xE4): _in, (0, 0xE5): _in, (0, 0xEC): _in, (0, 0xED): _in,
-    (0, 0xE6): _out, (0, 0xE7): _out, (0, 0xEE): _out, (0, 0xEF): _out,
-    (0, 0x6C): handlers_string.port_in, (0, 0x6D): handlers_string.port_in,
-    (0, 0x6E): handlers_string.port_out, (0, 0x6F): handlers_string.port_out,
+    (0, 0xE4): handlers_port.read, (0, 0xE5): handlers_port.read,
+    (0, 0xEC): handlers_port.read, (0, 0xED): handlers_port.read,
+    (0, 0xE6): handlers_port.write, (0, 0xE7): handlers_port.write,
+    (0, 0xEE): handlers_port.write, (0, 0xEF): handlers_port.write,
+    (0, 0x6C): handlers_port.read_string, (0, 0x6D): handlers_port.read_string,
+    (0, 0x6E): handlers_port.write_string, (0, 0x6F): handlers_port.write_string,
 }  # fmt: skip
 
 NAMED: dict[str, Handler] = {

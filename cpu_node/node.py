@@ -172,6 +172,12 @@ class Node:
         if self._flush_ns is None:
             self._flush_soon()
 
+    def port_in_string(self, port: int, width: int, count: int) -> bytes:
+        return self._io.port_in_string(port, width, count)
+
+    def port_out_string(self, port: int, width: int, data: bytes) -> None:
+        self._io.port_out_string(port, width, data)
+
     def mmio_read(self, pa: int, width: int) -> int:
         return self._io.mmio_read(pa, width)
 

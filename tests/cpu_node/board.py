@@ -96,6 +96,7 @@ class Board:
         self.vectors: list[int] = []  # what the 8259 will answer
         self.time_ns = 0
         self.ports: list[tuple[str, int, int, int]] = []  # ("in" or "out", port, width, value)
+        self.strings: list[tuple[str, int, int, int]] = []  # string accesses: direction, port, width, count
         self.port_values: dict[int, int] = {}
         self.registers: dict[int, int] = {}  # MMIO bytes by address
         self.mmio: list[tuple[str, int, int, int]] = []
@@ -275,6 +276,15 @@ class Board:
         self.ports.append(("out", port, width, value))
         if self.on_port is not None:
             self.on_port(port, value)
+
+    def port_in_string(self, port: int, width: int, count: int) -> bytes:
+        self.strings.append(("in", port, width, count))
+        return b"".join(self.port_read(port, width).to_bytes(width, "little") for _ in range(count))
+
+    def port_out_string(self, port: int, width: int, data: bytes) -> None:
+        self.strings.append(("out", port, width, len(data) // width))
+        for at_byte in range(0, len(data), width):
+            self.port_write(port, width, int.from_bytes(data[at_byte : at_byte + width], "little"))
 
     def mmio_read(self, pa: int, width: int) -> int:
         value = int.from_bytes(bytes(self.registers.get(pa + i, 0xFF) for i in range(width)), "little")

@@ -81,6 +81,12 @@ class RunnerPlatform:
     def port_write(self, port: int, width: int, value: int) -> None:
         pass
 
+    def port_in_string(self, port: int, width: int, count: int) -> bytes:
+        return b"\xff" * width * count
+
+    def port_out_string(self, port: int, width: int, data: bytes) -> None:
+        pass
+
     def mmio_read(self, pa: int, width: int) -> int:
         raise AssertionError(f"read of {pa:#x}, which is no RAM")
 

@@ -31,7 +31,8 @@ from memory_node.client import MemoryClient
 
 SECOND = 10**9
 COM1 = 0x3F8
-STATE = {"eip": 0x100000, "eax": 0xDEAD, "cs": 0x10, "cr0": 0x11, "reason": "a fake"}
+CODE_SEGMENT = [0x10, 0, 0xFFFFFFFF, 0xC09B, True]
+STATE = {"eip": 0x100000, "eax": 0xDEAD, "cs": CODE_SEGMENT, "cr0": 0x11, "reason": "a fake"}
 
 
 class FakeCpu:

@@ -88,7 +88,7 @@ class Single:
     def linear(self, segment: int, offset: int, length: int, write: bool) -> int:
         """The linear address of an access, after the segment's checks [vol. 3 5.3, 5.5]."""
         seg = self.cpu.seg[segment]
-        if not seg.flat or segment == CS:
+        if not (seg.flat and seg.writable):
             vector = SS_FAULT if segment == SS else GP
             if not seg.usable:
                 raise GuestFault(GP, 0)

@@ -258,11 +258,12 @@ def _branch(instance: Instance) -> None:
         instance.after.append(lambda: draft.relative.append((len(draft.code) - size, size, number)))
     else:
         draft.wild = True
-        instance.immediates = integer(rng, 8 * size).to_bytes(size, "little")
-        if row.action in ("jcc", "jmp", "call") and instance.immediates == (256**size - 2).to_bytes(
-            size, "little"
-        ):
-            instance.immediates = bytes(size)  # not to itself
+        if size == 1:
+            distance = rng.choice((rng.randrange(0x50, 0x80), -rng.randrange(0x68, 0x80)))
+        else:
+            distance = integer(rng, 8 * size)
+            distance += 0x1000 if abs(distance) < 0x80 or 256**size - distance < 0x80 else 0
+        instance.immediates = (distance & 256**size - 1).to_bytes(size, "little")
 
 
 def _indirect_branch(instance: Instance) -> None:
@@ -418,9 +419,7 @@ def _far_return(instance: Instance) -> None:
             flags = instance.rng.getrandbits(12) & ~TF
             instance.late.append((va + 2 * size, flags.to_bytes(4, "little")[:size]))
     if instance.row.operands:
-        # Beyond the immediate lies the outer stack pointer: hosts look before they refuse a selector.
-        counts = (0, 4, 8, 3, 0x100, 0xFFFF) if selector in CODE_SELECTORS else (0, 4)
-        instance.immediates = instance.rng.choice(counts).to_bytes(2, "little")
+        instance.immediates = instance.rng.choice((0, 4, 8, 3, 0x100, 0xFFFF)).to_bytes(2, "little")
     draft.spoil(ESP)
     _loads(instance, CS, selector)
 

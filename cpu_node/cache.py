@@ -25,9 +25,10 @@ class CodeCache:
 
     def __init__(self) -> None:
         self.code = host.view8(at.CODE, at.CODE_SIZE)
-        self.lines: dict[tuple[int, int, int], Line] = {}  # (linear page or address, physical page, mode)
+        self.lines: dict[tuple[int, int, int], Line] = {}  # (linear address, physical page, mode)
         self.templates: dict[int, Templates] = {}
         self.position = FIRST
+        self.limit = at.CODE_SIZE - _RESERVE
         self.instructions = 0
         self.translations = 0
         self.flushes = 0
@@ -36,7 +37,7 @@ class CodeCache:
 
     @property
     def full(self) -> bool:
-        return self.position > at.CODE_SIZE - _RESERVE
+        return self.position > self.limit
 
     def translate(self, line: Line, offset: int) -> Translation:
         """Translate from an offset that has no host code yet."""
@@ -68,8 +69,7 @@ class CodeCache:
     def forget(self, lines: Iterable[Line]) -> None:
         """The lines' source is no longer what was translated; their host code becomes garbage."""
         for line in lines:
-            place = line.va if line.starts == 1 else line.va >> 12
-            self.lines.pop((place, line.pa_pages[0], line.mode), None)
+            self.lines.pop((line.va, line.pa_pages[0], line.mode), None)
             for table in list(line.tables):
                 table.drop_line(line)
             line.tables.clear()

@@ -22,6 +22,7 @@ from cpu_node.window import CodePages, Space
 
 MAX_SPACES = 48
 MAX_MAPPINGS = 40_000  # the host allows 65,530
+COUNT_EVERY = 2048  # changes of windows, each of them worth three mappings at most
 DEVICE_AFTER = 8  # accesses to devices before an instruction is left to the simulator
 MIXED_AFTER = 4  # writes to a page's code before its translations verify themselves
 
@@ -43,6 +44,9 @@ class Contexts:
         self.walker = walker
         self.cache = CodeCache()
         self.code = CodePages()
+        self.max_spaces = MAX_SPACES
+        self.max_mappings = MAX_MAPPINGS
+        self.count_every = self._until_count = COUNT_EVERY
         self.spaces: OrderedDict[int | None, Space] = OrderedDict()
         self.kernel_tables: dict[int, Table] = {}
         self.user_tables: dict[tuple[int | None, int], Table] = {}
@@ -68,12 +72,31 @@ class Contexts:
 
     def _make_room(self) -> None:
         """Close the spaces used longest ago."""
-        while self.spaces and (len(self.spaces) >= MAX_SPACES
-                               or sum(s.mappings() for s in self.spaces.values()) > MAX_MAPPINGS):
-            key, old = self.spaces.popitem(last=False)
-            for table_key in [k for k in self.user_tables if k[0] == key]:
-                self.user_tables.pop(table_key).close()
-            old.close()
+        while len(self.spaces) >= self.max_spaces or (self.spaces and self._mappings() > self.max_mappings):
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        key, old = self.spaces.popitem(last=False)
+        for table_key in [k for k in self.user_tables if k[0] == key]:
+            self.user_tables.pop(table_key).close()
+        old.close()
+
+    def _mappings(self) -> int:
+        """Estimate of the host mappings that all windows take."""
+        split = self.code.splits()
+        return sum(space.mappings(split) for space in self.spaces.values())
+
+    def _changed_windows(self, changes: int) -> None:
+        """Count the host's mappings now and then: it allows a process only so many."""
+        self._until_count -= changes
+        if self._until_count > 0:
+            return
+        self._until_count = self.count_every
+        while len(self.spaces) > 1 and self._mappings() > self.max_mappings:
+            self._close_oldest()
+        if self._mappings() > self.max_mappings:
+            for window in self.space.windows:
+                window.clear()
 
     def _table(self, mode: int) -> Table:
         if mode & modes.USER:
@@ -214,7 +237,7 @@ class Contexts:
 
     def _line(self, va: int) -> Line:
         pa_page = self._fetch(va)
-        key = (va >> 12, pa_page, self.mode)
+        key = (va & FRAME, pa_page, self.mode)
         line = self.cache.lines.get(key)
         if line is None:
             mixed = pa_page in self.code.mixed
@@ -259,6 +282,7 @@ class Contexts:
                 self.code.lines[pa_page] = {line}
                 if pa_page not in self.code.mixed:
                     self.code.protect(pa_page)
+                    self._changed_windows(len(self.spaces))
             else:
                 lines.add(line)
 
@@ -328,6 +352,7 @@ class Contexts:
         """Map what a data access at `va` needs, for an instruction of `line`. Raises GuestFault."""
         space, walker = self.space, self.walker
         self.fills += 1
+        self._changed_windows(1)
         filled = Filled.MAPPED
         if write:
             pa, _, _, _ = walker.walk(va, True, user)

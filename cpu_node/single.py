@@ -12,7 +12,7 @@ from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.cache import SINGLE
 from cpu_node.cpu import CR4_OSXMMEXCPT, Cpu
-from cpu_node.decode import CS, SS, Insn
+from cpu_node.decode import SS, Insn
 from cpu_node.emit import EXIT_SIMULATE, MOV_R8, WINDOW, legacy, opcode_bytes
 from cpu_node.errors import AC, DE, GP, MF, UD, XM, GuestFault
 from cpu_node.errors import SS as SS_FAULT

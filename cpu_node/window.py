@@ -35,6 +35,10 @@ class CodePages:
         """Must writes to the page fault?"""
         return pa_page in self.lines and pa_page not in self.mixed
 
+    def splits(self) -> int:
+        """Into how many more mappings protection divides one of all memory, at most."""
+        return 2 * len(_runs(sorted(self.lines)))
+
     def protect(self, pa_page: int) -> None:
         """Make every mapping of the page read-only."""
         for window, va_page in self.small.get(pa_page, ()):
@@ -175,9 +179,9 @@ class Space:
     def windows(self) -> tuple[Window, ...]:
         return (self.kernel,) if self._user is None else (self.kernel, self._user)
 
-    def mappings(self) -> int:
-        """Estimate of host mappings held."""
-        return sum(len(w.small) + 2 * len(w.big) for w in self.windows) + 2
+    def mappings(self, split: int) -> int:
+        """Estimate of host mappings held; `split`: what CodePages.splits says."""
+        return sum(len(w.small) + 2 * len(w.big) + (split if w.big else 0) for w in self.windows) + 2
 
     def fill(self, walker: Walker, va: int, write: bool, user: bool) -> bool:
         """Map what `va` needs. False: no RAM there. Raises GuestFault."""

@@ -256,7 +256,14 @@ class Contexts:
         line = table.crossing.get(va)
         if line is None:
             following = (va | 0xFFF) + 1 & 0xFFFFFFFF
-            pages = (self._fetch(va), self._fetch(following))
+            first = self._fetch(va)
+            page = table.lines.get(va >> 12)
+            if page is not None and page.verify:  # does it cross still?
+                tail = self.memory.ram[first << 12 | va & 0xFFF : (first + 1) << 12]
+                if page.code[va & 0xFFF : PAGE] != tail:
+                    self.code_written(first)
+                    return self.find(va)
+            pages = (first, self._fetch(following))
             key = (va, pages[0], self.mode)
             line = self.cache.lines.get(key)
             if line is None or line.pa_pages != pages:

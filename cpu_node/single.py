@@ -168,8 +168,8 @@ class Single:
         cpu, memory, scratch = self.cpu, self.cpu.memory, self.scratch
         user = cpu.cpl == 3
         access = insn.row.access
-        if insn.row.group in ("x87", "mmx") and self.record.b[at.FX + 2] & _ES and (
-                insn.row.mnemonic not in _NOT_WAITING):
+        waits = insn.row.group in ("x87", "mmx") or insn.row.operands[0][0] == "P"
+        if waits and self.record.b[at.FX + 2] & _ES and insn.row.mnemonic not in _NOT_WAITING:
             raise GuestFault(MF)  # before any fault of the operand
         if width >= 16 and cpu.seg[segment].base + offset & 15 and insn.row.mnemonic not in _UNALIGNED:
             raise GuestFault(GP, 0)  # before any #SS or #PF

@@ -25,10 +25,12 @@ class Terminal:
     @classmethod
     def of(cls, fd: int) -> Terminal | None:
         """The terminal, or None when fd is something else or we are in its background."""
+        if not os.isatty(fd):
+            return None
         try:
             in_foreground = os.tcgetpgrp(fd) == os.getpgrp()
-        except OSError:
-            return None
+        except OSError:  # not our session's terminal (as under `su -c`): no job control to respect
+            in_foreground = True
         return cls(fd) if in_foreground else None
 
     def set_raw(self) -> None:

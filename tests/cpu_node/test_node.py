@@ -1,0 +1,409 @@
+"""The CPU node as a process on the bus: a memory node, a launcher and devices played by the test."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bus.addressmap import AddressMap
+from bus.endpoint import Endpoint, Received
+from bus.frames import (
+    ApicMessage,
+    Eoi,
+    Event,
+    Frame,
+    IntAck,
+    IntAckReply,
+    Intr,
+    Load,
+    Ping,
+    Pong,
+    PostedBatch,
+    Read,
+    ReadReply,
+    Refused,
+    Reset,
+    ResetReply,
+    Save,
+    SaveReply,
+    Shutdown,
+    Stats,
+    StatsReply,
+    StringIn,
+    StringInReply,
+    StringOut,
+    StringOutReply,
+    Write,
+    WriteReply,
+)
+from bus.ranges import MmioRange, PortRange
+from cpu_node.descriptor import INTERRUPT_GATE32, pack, pack_gate
+from cpu_node.node import run as run_cpu
+from memory_node.client import attach
+from memory_node.node import run as run_memory
+from memory_node.regions import pc_regions
+from tests.cpu_node.board import asm
+
+MIB = 1 << 20
+SECOND = 10**9
+DEADLINE_S = 30.0
+GDT, IDT, STACK, CODE, HANDLER = 0x1000, 0x2000, 0x9000, 0x100000, 0x110000
+PORTS, MMIO = 0x300, 0xE000_0000
+VECTOR = 0x40
+IRET = ".byte 0xcf"
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Machine:
+    """Processes of a memory node and a CPU; the test is launcher, 8259, I/O APIC and one device."""
+
+    def __init__(self, run_dir: Path, apic: bool) -> None:
+        self.run_dir = run_dir
+        self.frames: list[tuple[str, Frame]] = []  # what the devices got
+        self.events: list[Event] = []
+        self.vectors: list[int] = []
+        self.registers: dict[int, int] = {}
+        regions = [r.to_plain() for r in pc_regions(16 * MIB, mirror_pages=1)]
+        config = {"run_dir": str(run_dir), "machine": "test", "regions": regions}
+        self.memory = SPAWN.Process(target=run_memory, args=(config,), daemon=True)
+        self.memory.start()
+        fd, size = attach(run_dir, "ram", writable=True)
+        self.ram = mmap.mmap(fd, size)
+        os.close(fd)
+        self.ends = {name: Endpoint(run_dir, name) for name in ("launcher", "pic", "ioapic", "dev")}
+        for end in self.ends.values():
+            end.bind()
+        self.ends["launcher"].connect("cpu0")
+        self.ends["pic"].connect("cpu0")
+        self.ends["ioapic"].connect("cpu0")
+        address_map = AddressMap()
+        ports = PortRange("ports", 8, widths=(1, 2, 4), posted=frozenset({0}))
+        address_map.add_device("dev", (ports, MmioRange("window", 0x100, widths=(4,))),
+                               {"ports": PORTS, "window": MMIO}, None)
+        self.config: dict[str, Any] = {
+            "node": "cpu0", "run_dir": str(run_dir), "machine": "test", "map": address_map.to_plain(),
+            "memory_size": 16 * MIB, "tsc_hz": 2_000_000_000, "apic": apic,
+            "controllers": {"pic": "pic", "ioapics": ["ioapic"]}, "start": self.start_state(),
+        }  # fmt: skip
+        self.cpu = SPAWN.Process(target=run_cpu, args=(self.config,), daemon=True)
+        self._tables()
+
+    def _tables(self) -> None:
+        for selector, raw in ((0x10, pack(0, 0xFFFFF, 0xC09B)), (0x18, pack(0, 0xFFFFF, 0xC093))):
+            self.ram[GDT + selector : GDT + selector + 8] = raw.to_bytes(8, "little")
+        self.gate(VECTOR, HANDLER)
+        self.load(f"inc dword ptr [0x200000]\n{IRET}", HANDLER)
+        self.ram[0x3000:0x3006] = (0x7FF).to_bytes(2, "little") + IDT.to_bytes(4, "little")
+
+    @staticmethod
+    def start_state(eip: int = CODE) -> dict[str, int]:
+        names = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
+        state = {**dict.fromkeys(names, 0), "eip": eip, "esp": STACK}
+        return {**state, "gdt_base": GDT, "gdt_limit": 0x1F, "cs": 0x10, "ds": 0x18}
+
+    def gate(self, vector: int, va: int) -> None:
+        raw = pack_gate(INTERRUPT_GATE32, 0x10, va)
+        self.ram[IDT + 8 * vector : IDT + 8 * vector + 8] = raw.to_bytes(8, "little")
+
+    def load(self, text: str, va: int = CODE) -> None:
+        code = asm(text, va)
+        self.ram[va : va + len(code)] = code
+
+    def start(self, text: str) -> None:
+        """Run a guest program; LIDT comes first."""
+        self.load(f"lidt [0x3000]\n{text}")
+        self.cpu.start()
+        self.event("ready")
+
+    def dword(self, pa: int) -> int:
+        return int.from_bytes(self.ram[pa : pa + 4], "little")
+
+    # ---- the bus
+
+    def turn(self, wait_s: float = 0.01) -> None:
+        """Serve what came in."""
+        for name, end in self.ends.items():
+            end.wait(int(wait_s * SECOND) if name == "dev" else 0)
+            for received in end.receive():
+                self._take(name, end, received)
+
+    def _take(self, name: str, end: Endpoint, received: Received) -> None:
+        frame = received.frame
+        if isinstance(frame, Event):
+            self.events.append(frame)
+            return
+        if not received.asked:
+            self.frames.append((name, frame))
+            return
+        if isinstance(frame, Pong | SaveReply | StatsReply | ResetReply | Refused):
+            return
+        self.frames.append((name, frame))
+        answer = self._answer(frame)
+        if answer is not None:
+            end.reply(received, answer)
+
+    def _answer(self, frame: Frame) -> Frame | None:
+        match frame:
+            case Read(offset=offset, width=width):
+                return ReadReply(self.registers.get(offset, 0xFFFFFFFF) & (1 << 8 * width) - 1)
+            case Write(offset=offset, value=value):
+                self.registers[offset] = value
+                return WriteReply()
+            case StringIn(width=width, count=count):
+                return StringInReply(bytes(n & 0xFF for n in range(width * count)))
+            case StringOut():
+                return StringOutReply()
+            case IntAck():
+                vector = self.vectors.pop(0) if self.vectors else None
+                self.ends["pic"].send("cpu0", Intr(bool(self.vectors)))
+                return IntAckReply(vector)
+            case _:
+                return None
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, f"no {what}; events {self.events}, frames {self.frames}"
+            assert self.cpu.is_alive() or condition(), f"the CPU's process ended, waiting for {what}"
+            self.turn()
+
+    def event(self, kind: str) -> Event:
+        self.until(lambda: any(e.kind == kind for e in self.events), f"event {kind!r}")
+        return next(e for e in self.events if e.kind == kind)
+
+    def ask(self, frame: Frame) -> Frame:
+        """The launcher's request; devices are served meanwhile by nobody."""
+        return self.ends["launcher"].request("cpu0", frame, 10 * SECOND)
+
+    def interrupt(self, *vectors: int) -> None:
+        self.vectors += vectors
+        self.ends["pic"].send("cpu0", Intr(True))
+
+    def got(self, kind: type[Frame]) -> list[Frame]:
+        return [frame for _, frame in self.frames if isinstance(frame, kind)]
+
+    def close(self) -> None:
+        if self.cpu.is_alive():
+            self.ends["launcher"].send("cpu0", Shutdown())
+            self.cpu.join(10)
+        for process in (self.cpu, self.memory):
+            if process.pid is not None and process.is_alive():
+                process.kill()
+                process.join()
+        for end in self.ends.values():
+            end.close()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Machine]:
+    made = Machine(tmp_path, getattr(request, "param", False))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+with_apic = pytest.mark.parametrize("machine", [True], indirect=True)
+FOREVER = "end: hlt\njmp end"
+
+
+def test_port_accesses_become_frames(machine: Machine) -> None:
+    machine.registers[4] = 0x12345678
+    machine.start(f"""
+        mov edx, {PORTS + 4:#x}
+        in eax, dx
+        mov [0x200000], eax
+        mov eax, 0xabcd
+        mov edx, {PORTS:#x}
+        out dx, al
+        mov edx, {PORTS + 2:#x}
+        out dx, ax
+        mov dword ptr [0x200004], 1
+        {FOREVER}""")
+    machine.until(lambda: machine.dword(0x200004) == 1, "end of the program")
+    assert machine.dword(0x200000) == 0x12345678
+    kinds = [frame for name, frame in machine.frames if name == "dev"]
+    assert kinds[0] == Read("ports", 4, 4)
+    assert isinstance(kinds[1], PostedBatch)  # flushed before the synchronous write
+    assert kinds[1].writes[0][:4] == ("ports", 0, 1, 0xCD)
+    assert kinds[2] == Write("ports", 2, 2, 0xABCD)
+
+
+def test_posted_writes_leave_within_a_bounded_time(machine: Machine) -> None:
+    """The guest computes and says nothing more."""
+    machine.start(f"mov edx, {PORTS:#x}\nmov al, 5\nout dx, al\nhere: inc ecx\njmp here")
+    machine.until(lambda: bool(machine.got(PostedBatch)), "posted write")
+
+
+def test_strings_are_one_message(machine: Machine) -> None:
+    machine.start(f"""
+        mov edx, {PORTS + 4:#x}
+        mov edi, 0x200000
+        mov ecx, 100
+        rep insw
+        mov esi, 0x200000
+        mov ecx, 50
+        rep outsd
+        mov dword ptr [0x300000], 1
+        {FOREVER}""")
+    machine.until(lambda: machine.dword(0x300000) == 1, "end of the program")
+    assert machine.got(StringIn) == [StringIn("ports", 4, 2, 100)]
+    assert machine.got(StringOut) == [StringOut("ports", 4, 4, bytes(n & 0xFF for n in range(200)))]
+
+
+def test_mmio_accesses_become_frames(machine: Machine) -> None:
+    machine.registers[8] = 7
+    machine.start(f"add dword ptr [{MMIO + 8:#x}], 5\nmov dword ptr [0x200004], 1\n{FOREVER}")
+    machine.until(lambda: machine.dword(0x200004) == 1, "end of the program")
+    to_device = [frame for name, frame in machine.frames if name == "dev"]
+    assert to_device == [Read("window", 8, 4), Write("window", 8, 4, 12)]
+
+
+def test_interrupt_through_the_8259(machine: Machine) -> None:
+    machine.start(f"sti\n{FOREVER}")
+    for count in range(1, 4):
+        machine.interrupt(VECTOR)
+        machine.until(lambda count=count: machine.dword(0x200000) == count, f"interrupt {count}")
+    machine.interrupt(VECTOR, VECTOR)
+    machine.until(lambda: machine.dword(0x200000) == 5, "two at once")
+
+
+def test_interrupt_stops_a_loop(machine: Machine) -> None:
+    machine.start("sti\nhere: inc ecx\njmp here")
+    machine.interrupt(VECTOR)
+    machine.until(lambda: machine.dword(0x200000) == 1, "interrupt")
+
+
+def test_interrupt_that_went_away(machine: Machine) -> None:
+    """INT falls before the acknowledgement: the 8259 answers with nothing, the CPU goes on."""
+    machine.start(f"sti\n{FOREVER}")
+    machine.ends["pic"].send("cpu0", Intr(True))
+    machine.until(lambda: bool(machine.got(IntAck)), "acknowledgement")
+    machine.interrupt(VECTOR)
+    machine.until(lambda: machine.dword(0x200000) == 1, "the next interrupt")
+
+
+APIC_ON = """
+    mov ecx, 0x1b
+    mov eax, 0xfee00900
+    xor edx, edx
+    wrmsr
+    mov dword ptr [0xfee000f0], 0x1ff
+    mov dword ptr [0xfee00080], 0
+"""
+
+
+@with_apic
+def test_message_of_an_io_apic(machine: Machine) -> None:
+    """Level-triggered: the guest's EOI is broadcast to the I/O APICs."""
+    machine.load(f"inc dword ptr [0x200000]\nmov dword ptr [0xfee000b0], 0\n{IRET}", HANDLER)
+    machine.start(f"{APIC_ON}\nsti\n{FOREVER}")
+    for count, level in ((1, False), (2, True)):
+        machine.ends["ioapic"].send("cpu0", ApicMessage(VECTOR, 0, 0, 0, level, True))
+        machine.until(lambda count=count: machine.dword(0x200000) == count, f"interrupt {count}")
+    machine.until(lambda: machine.got(Eoi) == [Eoi(VECTOR)], "EOI")
+
+
+@with_apic
+def test_timer_of_the_local_apic_wakes_the_cpu(machine: Machine) -> None:
+    machine.load(f"inc dword ptr [0x200000]\nmov dword ptr [0xfee000b0], 0\n{IRET}", HANDLER)
+    machine.start(f"""{APIC_ON}
+        mov dword ptr [0xfee003e0], 0xb
+        mov dword ptr [0xfee00320], {0x20000 | VECTOR:#x}
+        mov dword ptr [0xfee00380], 20000
+        sti
+        {FOREVER}""")
+    machine.until(lambda: machine.dword(0x200000) >= 5, "five ticks")
+
+
+def test_requests_are_answered_while_the_guest_runs(machine: Machine) -> None:
+    machine.start("mov ebx, 0x1234\nhere: inc ecx\njmp here")
+    assert isinstance(machine.ask(Ping()), Pong)
+    saved = machine.ask(Save())
+    assert isinstance(saved, SaveReply)
+    assert saved.state["ebx"] == 0x1234
+    assert CODE <= saved.state["eip"] < CODE + 0x20
+    stats = machine.ask(Stats())
+    assert isinstance(stats, StatsReply)
+    assert stats.counters["instructions_translated"] > 2
+    assert stats.counters["exits"]["signal"] >= 1
+    again = machine.ask(Save())
+    assert isinstance(again, SaveReply)
+    assert again.state["ecx"] != saved.state["ecx"]
+
+
+def test_what_a_cpu_does_not_take_is_refused(machine: Machine) -> None:
+    machine.start(FOREVER)
+    with pytest.raises(RuntimeError, match="refused Load"):
+        machine.ask(Load({}))
+    assert isinstance(machine.ask(Ping()), Pong)
+
+
+@pytest.mark.parametrize("state", ["running", "halted", "halted for ever"])
+def test_shutdown_ends_the_process(machine: Machine, state: str) -> None:
+    machine.start({"running": "here: jmp here", "halted": f"sti\n{FOREVER}", "halted for ever": "hlt"}[state])
+    machine.ends["launcher"].send("cpu0", Shutdown())
+    machine.cpu.join(10)
+    assert machine.cpu.exitcode == 0
+
+
+def test_reset_holds_and_restarts(machine: Machine) -> None:
+    """Reset without a state: nothing runs; with one: the guest starts there."""
+    machine.load("mov dword ptr [0x200010], 9\nhlt", CODE + 0x1000)
+    machine.start("here: inc dword ptr [0x200000]\njmp here")
+    machine.until(lambda: machine.dword(0x200000) > 0, "life")
+    assert isinstance(machine.ask(Reset()), ResetReply)
+    count = machine.dword(0x200000)
+    assert isinstance(machine.ask(Ping()), Pong)
+    assert machine.dword(0x200000) == count
+    assert isinstance(machine.ask(Reset(machine.start_state(CODE + 0x1000))), ResetReply)
+    machine.until(lambda: machine.dword(0x200010) == 9, "the second start")
+
+
+def test_triple_fault_is_reported_and_waits_for_a_reset(machine: Machine) -> None:
+    machine.ram[0x3000:0x3006] = bytes(6)  # an IDT with nothing in it
+    machine.start("mov eax, 0x77\nud2")
+    event = machine.event("triple-fault")
+    where = CODE + len(asm("lidt [0x3000]\nmov eax, 0x77"))
+    assert f"0010:{where:08x}: 0f 0b" in event.text
+    assert "ud2" in event.text
+    assert event.data["eax"] == 0x77
+    machine.load("mov dword ptr [0x200010], 9\nhlt", CODE + 0x1000)
+    assert isinstance(machine.ask(Reset(machine.start_state(CODE + 0x1000))), ResetReply)
+    machine.until(lambda: machine.dword(0x200010) == 9, "the second start")
+
+
+REPORTS = {
+    "open-bus": ("mov edx, 0x1234\nin al, dx", "read of port 0x1234"),
+    "open-bus write": ("mov edx, 0x1234\nmov eax, 0x55\nout dx, eax", "write of 0x55 to port 0x1234"),
+    "open-bus memory": ("mov eax, [0xd0000000]", "read of mmio 0xd0000000"),
+    "unknown-msr": ("mov ecx, 0xc0000999\nrdmsr", "RDMSR 0xc0000999"),
+    "bad-opcode": (".byte 0x0f, 0x05", "#UD"),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_reports(machine: Machine, name: str) -> None:
+    """One line with CS:EIP, the bytes and the disassembly; once for the same place."""
+    text, expected = REPORTS[name]
+    machine.gate(13, HANDLER + 0x100)
+    machine.gate(6, HANDLER + 0x100)
+    machine.load("mov dword ptr [0x200010], 1\nhlt", HANDLER + 0x100)
+    machine.start(f"mov ebp, 3\nagain: {text}\ndec ebp\njnz again\nmov dword ptr [0x200010], 1\n{FOREVER}")
+    kind = name.split()[0]
+    event = machine.event(kind)
+    assert expected in event.text
+    assert "0010:0010" in event.text
+    machine.until(lambda: machine.dword(0x200010) == 1, "end of the program")
+    machine.ask(Ping())
+    with contextlib.suppress(AssertionError):
+        machine.turn(0.05)
+    assert sum(e.kind == kind for e in machine.events) == 1

@@ -26,8 +26,8 @@ LAUNCHER = ROOT / ".venv" / "bin" / "launcher"
 PATIENCE_S = 240.0  # hosts are shared and slow; a bound on hanging, not an expectation
 LEAVE = "\x1dq"
 RAW_NOTICE = "Ctrl-] then q leaves"
-CURSOR_QUERY, CURSOR_ANSWER = b"\x1b[6n", b"\x1b[1;5R"  # ECMA-48 DSR 6 and its answer: row 1, column 5
-PROMPT = re.compile(rb"/ # [^\n]{0,20}?" + re.escape(CURSOR_QUERY), re.DOTALL)
+CURSOR_QUERY = b"\x1b[6n"  # ECMA-48 DSR 6: busybox asks at each prompt, and gets along without an answer
+PROMPT = re.compile(rb"/ # [^\n]{0,20}?" + re.escape(CURSOR_QUERY))
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # ECMA-48 control sequences
 KILLED = b"and is killed"  # told of a process that does not end in order
 TAIL = 3000
@@ -43,7 +43,7 @@ class Screen:
         self.runtime, self._errors = runtime, errors
         self.output = b""
         self._mark = 0  # output before this place has been looked at
-        self._answered = 0  # cursor queries before this place have been answered
+        self._prompted = -1  # where the last prompt ended
         self._before_us = descendants(os.getpid())
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 200, 0, 0))
@@ -148,16 +148,18 @@ class Screen:
         except OSError:  # EIO: nobody has the other end open
             piece = b""
         self.output += piece
-        while (place := self.output.find(CURSOR_QUERY, self._answered)) >= 0:
-            self._answered = place + len(CURSOR_QUERY)
-            os.write(self.master, CURSOR_ANSWER)
         return bool(piece)
 
     # ---- a guest's shell
 
     def prompt(self, timeout_s: float = PATIENCE_S) -> None:
         """Until the shell asks for a command."""
-        self.wait_for(PROMPT, timeout_s)
+        self._prompted = self.wait_for(PROMPT, timeout_s).end()
+
+    def at_prompt(self) -> bool:
+        """Nothing has been shown, and hence nothing typed, since the shell last asked for a command."""
+        self.drain()
+        return self._prompted == len(self.output)
 
     def run(self, command: str, timeout_s: float = PATIENCE_S) -> str:
         """Type a command at the prompt; what it printed, once the next prompt is there."""

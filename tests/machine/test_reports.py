@@ -91,6 +91,6 @@ def test_a_reset_stops_the_machine_with_its_state(how: str, tmp_path: Path, runt
     assert int(eip[1], 16) >> 8 == 0x1000
     assert "boots: cs=0010 base=00000000 limit=ffffffff rights=c09b\n" in text
     if how == "triple fault":
-        told = rf"reset by cpu0: triple fault at 0010:{eip[1]}: cc int3\n"
+        told = rf"reset by cpu0: triple fault at 0010:{eip[1]}: cc +int3\n"
         assert re.search(told, text), text
     assert not list(runtime.glob("*"))

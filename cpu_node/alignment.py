@@ -3,7 +3,7 @@
 Source: Intel SDM vol. 3A 6.15, interrupt 17 and table 6-7. While both are set, code of CPL 3 runs in the
 simulator, one instruction at a time.
 Left out: instruction fetches are never checked, nor are 16-byte operands (what demands alignment there is
-#GP); of a memory access that would fault for its page too, #AC comes first.
+#GP; AMD checks the others, Intel doesn't); of a memory access that would fault for its page too, #AC comes first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALIGNMENT = {2: 2, 4: 4, 6: 4, 8: 8, 10: 8, 14: 2, 28: 4, 94: 2, 108: 4}
 @contextmanager
 def checked(memory: GuestMemory) -> Iterator[None]:
     """Accesses with the user's rights raise GuestFault(AC) when misaligned."""
-    observe(memory, _check)
+    observe(memory, _check, probes=True)
     try:
         yield
     finally:

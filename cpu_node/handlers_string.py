@@ -73,7 +73,8 @@ def mask_move(sim: Simulator, insn: Insn) -> None:
         fx[FX + 4] = 0xFF
     segment = 3 if insn.segment is None else insn.segment
     va = sim.single.linear(segment, index(sim, insn, EDI), size, True)
-    sim.memory.probe_write(va, size, sim.user)
+    for part in range(0, size, 8):  # alignment is checked by quadwords
+        sim.memory.probe_write(va + part & 0xFFFFFFFF, 8, sim.user)
     for n in range(size):
         if mask[n] & 0x80:
             sim.memory.write8(va + n & 0xFFFFFFFF, source[n], sim.user)

@@ -24,20 +24,24 @@ _WIDTHS: dict[str, Callable[..., int]] = {  # of the memory's methods, from the 
     "write16": lambda value, user=False: 2,
     "write32": lambda value, user=False: 4,
     "write32s": lambda values, user=False: 4 * len(values),
+    "probe_write": lambda length, user=False: length,
 }
 
 
-def observe(memory: GuestMemory, note: Note) -> None:
-    """Until `stop`, `note` is called before each access; it may raise."""
+def observe(memory: GuestMemory, note: Note, probes: bool = False) -> None:
+    """Until `stop`, `note` is called before each access (and before each probe_write); it may raise."""
     inside = False
 
-    def noting(access: Callable[..., Any], width: Callable[..., int], writes: bool) -> Callable[..., Any]:
+    def noting(access: Callable[..., Any], width: Callable[..., int], writes: bool,
+               unit: int) -> Callable[..., Any]:
         def noted(va: int, *args: Any, **kwargs: Any) -> Any:
             nonlocal inside
             if inside:  # a piece of an access that was told
                 return access(va, *args, **kwargs)
             user = kwargs["user"] if "user" in kwargs else args[-1:] == (True,)
-            note(va, width(*args, **kwargs), writes, user)
+            size = width(*args, **kwargs)
+            for place in range(va, va + size, unit or size):
+                note(place & 0xFFFFFFFF, unit or size, writes, user)
             inside = True
             try:
                 return access(va, *args, **kwargs)
@@ -47,10 +51,13 @@ def observe(memory: GuestMemory, note: Note) -> None:
         return noted
 
     for name, width in _WIDTHS.items():
-        setattr(memory, name, noting(getattr(memory, name), width, name.startswith("write")))
+        if name == "probe_write" and not probes:
+            continue
+        unit = 4 if name.endswith("32s") else 0
+        setattr(memory, name, noting(getattr(memory, name), width, "write" in name, unit))
 
 
 def stop(memory: GuestMemory) -> None:
     """The memory as it was."""
     for name in _WIDTHS:
-        delattr(memory, name)  # the class's own again
+        vars(memory).pop(name, None)  # the class's own again

@@ -29,7 +29,7 @@ from tests.insn.segments import (
     WRITABLE_SELECTORS,
     base_of,
 )  # fmt: skip
-from tests.insn.state import DF, EAX, ECX, EDI, HLT, PAGE_SIZE, STATUS_FLAGS, Blind, Case, fx_image
+from tests.insn.state import AC, DF, EAX, ECX, EDI, HLT, PAGE_SIZE, STATUS_FLAGS, Blind, Case, fx_image
 from tests.insn.values import chance, fpu_state, integer, page_pool
 
 MAX_INSTRUCTIONS = 6
@@ -141,6 +141,7 @@ class Generator:
         draft = Draft(rng, self._pool, chance(rng, 15), eip)
         draft.use_segments(_selectors(rng, eip))
         draft.eflags = rng.getrandbits(12) & (STATUS_FLAGS | DF if chance(rng, 40) else STATUS_FLAGS)
+        draft.eflags |= AC if chance(rng, 3) else 0
         return draft
 
     def _finish(self, draft: Draft, rows: list[Row], group: str, undefined: int) -> Case:
@@ -167,6 +168,7 @@ class Generator:
             cpl=0
             if chance(rng, 30)
             and draft.first_selectors == FLAT
+            and not draft.eflags & AC
             and not draft.wild
             and all(same_at_cpl0(row) for row in rows)
             else 3,

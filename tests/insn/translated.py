@@ -23,7 +23,7 @@ from zlib import crc32
 
 from cpu_node import layout as at
 from cpu_node import stubs_unsafe
-from cpu_node.cpu import CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PSE
+from cpu_node.cpu import CR0_AM, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PSE
 from cpu_node.cpuid import CpuModel
 from cpu_node.descriptor import INTERRUPT_GATE32, null, pack, pack_gate, parse
 from cpu_node.engine import Engine
@@ -201,7 +201,7 @@ class TranslatedRunner:
         struct.pack_into("<II", ram, TSS - SYSTEM + 4, FRAME_TOP, KERNEL_DATA)  # ESP0, SS0
         struct.pack_into("<H", ram, TSS - SYSTEM + 102, TSS_SIZE)  # no I/O permission bitmap
         cpu = self._engine.cpu
-        cpu.cr0 = CR0_PE | CR0_PG | CR0_WP | CR0_NE
+        cpu.cr0 = CR0_PE | CR0_PG | CR0_WP | CR0_NE | CR0_AM
         cpu.cr3 = PAGE_DIRECTORY
         cpu.cr4 = CR4_PSE | CR4_OSFXSR | CR4_OSXMMEXCPT
         cpu.gdt_base, cpu.gdt_limit = GDT, PAGE_SIZE - 1

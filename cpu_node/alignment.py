@@ -3,7 +3,8 @@
 Source: Intel SDM vol. 3A 6.15, interrupt 17 and table 6-7. While both are set, code of CPL 3 runs in the
 simulator, one instruction at a time.
 Left out: instruction fetches are never checked, nor are 16-byte operands (what demands alignment there is
-#GP; AMD checks the others, Intel doesn't); of a memory access that would fault for its page too, #AC comes first.
+#GP; AMD checks the others, Intel doesn't); of a memory access that would fault for its page too, #AC comes
+first.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _SPECIAL_FLAGS = TF | RF | AC
 _PAGE_FAULT = 14
+_SPLIT_LOCK = 17  # #AC of the host: LOCK across cache lines, where its kernel forbids that
 _STI = 0xFB
 _CS_LIKE_INT = frozenset(("int", "int3", "into", "int1"))
 
@@ -305,6 +306,9 @@ class Engine:
         q = record.q
         rip, trap, ha = q[at.FAULT_RIP // 8], q[at.FAULT_TRAP // 8], q[at.FAULT_ADDRESS // 8]
         line, cpu.eip = roll_back(record, contexts.cache, rip)
+        if trap == _SPLIT_LOCK:
+            self.simulator.step()
+            return
         if trap != _PAGE_FAULT:
             fault = guest_fault(trap, cpu)
             if fault is None:

@@ -14,11 +14,11 @@ from cpu_node.cache import SINGLE
 from cpu_node.cpu import CR4_OSXMMEXCPT, Cpu
 from cpu_node.decode import SS, Insn
 from cpu_node.emit import EXIT_SIMULATE, MOV_R8, WINDOW, legacy, opcode_bytes
-from cpu_node.errors import AC, DE, GP, MF, UD, XM, GuestFault
+from cpu_node.errors import DE, GP, MF, UD, XM, GuestFault
 from cpu_node.errors import SS as SS_FAULT
 from cpu_node.record_unsafe import Record
 
-_HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 17: AC, 19: XM}  # host vector -> guest vector
+_HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 19: XM}  # host vector -> guest vector
 _FX_WRITTEN = 288  # FXSAVE in 32-bit mode leaves the rest alone [vol. 2, FXSAVE]
 _OPERAND = 0x400  # of the scratch page
 _ES = 0x80  # in the x87 status word: an unmasked exception is pending
@@ -39,7 +39,7 @@ def guest_fault(trap: int, cpu: Cpu) -> GuestFault | None:
         return None
     if vector == XM and not cpu.cr4 & CR4_OSXMMEXCPT:
         vector = UD  # [vol. 3 6.15, interrupt 19]
-    return GuestFault(vector, 0 if vector in (GP, AC) else None)
+    return GuestFault(vector, 0 if vector == GP else None)
 
 
 class HostTrap(AssertionError):
@@ -176,7 +176,7 @@ class Single:
         va = self.linear(segment, offset, width, access in "wm")
         if access in "wm":
             memory.probe_write(va, width, user)
-        place = _OPERAND + (va & 63)
+        place = _OPERAND + (va & 15 if width >= 16 else 0)  # LOCK doesn't cross cache lines here
         if access in "rm" or insn.row.group == "x87":  # an unmasked exception suppresses an x87 store
             scratch[place : place + width] = memory.read(va, width, user)  # type: ignore[attr-defined]
         self.native(WINDOW + opcode + bytes((reg << 3 | 4, 0x25)) + place.to_bytes(4, "little") + immediate)

@@ -13,7 +13,7 @@ import pytest
 
 from cpu_node import layout as at
 from cpu_node.cpu import CR0_AM, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, EAX, ECX, ESP
-from cpu_node.descriptor import CS, FS, SS, TRAP_GATE32, pack
+from cpu_node.descriptor import CS, DS, FS, SS, TRAP_GATE32, build, pack
 from cpu_node.errors import AC, BP, BR, DE, GP, MF, NM, OF, PF, UD, XM, TripleFault
 from cpu_node.flags import IF, IOPL, RF
 from tests.cpu_node.board import (
@@ -479,6 +479,39 @@ def test_simd_exception_without_osxmmexcpt_is_undefined_opcode() -> None:
     assert board.fault.vector == UD
 
 
+@pytest.mark.parametrize("text", ["lock inc dword ptr [esi]", "lock xadd [esi], eax", "xchg [esi], eax",
+                                  "lock cmpxchg8b [esi]", "lock bts dword ptr [esi], 3"])
+@isolated
+def test_host_that_forbids_split_locks(text: str) -> None:
+    """Its #AC is not the guest's: the instruction is simulated."""
+    board = Board()
+    engine = board.engine
+    board.load(f"nop\n{text}\nhlt")
+
+    def outcome() -> tuple[object, ...]:
+        board.ram[DATA : DATA + 128] = bytes(range(128))
+        board.regs[:] = [1, 2, 3, 4, STACK, 6, DATA + 62, 8]
+        board.run(None)
+        assert not board.faults
+        return list(board.regs), bytes(board.ram[DATA : DATA + 128]), board.cpu.eflags
+
+    expected = outcome()
+    stopper = Stopper(board, lambda: None)
+    stopper.arm(engine.contexts.table.lines[CODE >> 12].host[1])
+    stopped = []
+
+    def fault() -> None:
+        stopper.disarm()
+        stopped.append(1)
+        engine.record.q[at.FAULT_RIP // 8] -= 1
+        engine.record.q[at.FAULT_TRAP // 8] = 17
+        type(engine)._host_fault(engine)
+
+    engine._host_fault = fault  # type: ignore[method-assign]
+    assert outcome() == expected
+    assert stopped == [1]
+
+
 # ---- software interrupts, privilege
 
 
@@ -752,24 +785,41 @@ def _storm_state(board: Board) -> tuple[object, ...]:
             bytes(board.engine.record.b[at.FX + 32 : at.FX + 160]))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("where", ["kernel", "user", "mixed", "interpreted"])
 @pytest.mark.parametrize("kind", ["signals", "interrupts"])
 @isolated
-def test_storm(kind: str, seed: int) -> None:
+def test_storm(kind: str, where: str) -> None:
     """SIGALRM at random moments; each brings an interrupt in the second form. The end must be the same."""
+    seed = 3
+    rounds = {"kernel": 1_000_000, "user": 1_000_000, "mixed": 150_000, "interpreted": 300}[where]
+    program = STORM.replace("mov ecx, 1000000", f"mov ecx, {rounds}")
+
+    if where == "user":
+        program = program.replace("    cli\n    hlt\n", "    ud2\n").replace("    sti\n", "")
 
     def fresh() -> Board:
         board.ram[DATA : DATA + 0x1000] = bytes(n * 7 & 0xFF for n in range(0x1000))
+        board.poke32(COUNTER, 0)
         board.engine.record.reset_fpu()
-        board.flat()
+        board.flat_segments(3 if where == "user" else 0)
+        if where == "interpreted":
+            board.segment(DS, build(DATA0, 0, 0xFFFFFFF, 0xC093))
         board.regs[:4] = [0, 0, 0, 0]
         board.regs[5:8] = [0, 0, 0]
-        board.cpu.eflags = 2
+        board.cpu.eflags = 2 | (IF if where == "user" else 0)
         return board
 
     board = Board()
-    _with_handler(board, f"pushal\n{COUNT}\nmov eax, -1\nadd eax, 2\nxor ebx, ebx\nxor ebp, ebp\npopal")
-    fresh().run(STORM)
+    if where == "user":
+        board.paging()
+        board.gate(UD, HANDLER + 0x800)
+        board.load("cli\nhlt", HANDLER + 0x800)
+    if where == "mixed":
+        board.engine.contexts.code.mixed.add(CODE >> 12)
+    body = f"pushal\n{COUNT}\nmov eax, -1\nadd eax, 2\nxor ebx, ebx\nxor ebp, ebp\npopal"
+    _with_handler(board, body)
+    fresh().run(program)
+    assert board.cpu.halted
     expected = _storm_state(board)
     moments = random.Random(seed)
     signals = [0]

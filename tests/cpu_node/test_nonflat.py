@@ -441,3 +441,84 @@ def test_jump_over_the_top() -> None:
     board.run("mov ebx, 0xfffffff0\njmp ebx")
     assert board.regs[EAX] == 3
 
+
+
+# ---- real mode and virtual-8086 mode
+
+
+@isolated
+def test_to_real_mode_and_back() -> None:
+    """As boot loaders do it: 16-bit segments, PE off, an interrupt through the vector table, PE on again."""
+    board = Board()
+    board.describe(FIRST_FREE, pack(0, 0xFFFF, 0x009B))
+    board.describe(FIRST_FREE + 8, pack(0, 0xFFFF, 0x0093))
+    board.load(f"""
+        mov ax, {FIRST_FREE + 8}
+        mov ds, ax
+        mov ss, ax
+        mov es, ax
+        mov eax, cr0
+        and al, 0xfe
+        mov cr0, eax
+        .byte 0xea
+        .short 0x7040, 0""", 0x7000, 16)
+    board.load("""
+        mov ax, 0x2000
+        mov ds, ax
+        mov ax, 0x7000
+        mov sp, 0x8000
+        mov byte ptr [0x10], 0x77
+        mov bx, cs
+        int 0x21
+        mov eax, cr0
+        or al, 1
+        mov cr0, eax
+        .byte 0x66, 0xea
+        .long 0x100800
+        .short 8""", 0x7040, 16)
+    board.load("mov cx, 0x5678\n.byte 0xcf", 0x7100, 16)
+    board.load("mov eax, 0x10\nmov ds, ax\nmov es, ax\nmov ss, ax\nmov esi, [0x20010]\nhlt", CODE + 0x800)
+    board.cpu.idt_base, board.cpu.idt_limit = 0, 0x3FF
+    board.poke32(0x21 * 4, 0x7100)
+    board.run(f".byte 0xea\n.long 0x7000\n.short {FIRST_FREE}")
+    assert not board.faults
+    assert board.regs[EBX] & 0xFFFF == 0
+    assert board.regs[ECX] & 0xFFFF == 0x5678
+    assert board.regs[ESI] == 0x77
+    assert board.regs[ESP] & 0xFFFF == 0x8000
+    assert board.translated
+
+
+@isolated
+def test_virtual_8086_mode() -> None:
+    """A task of 8086 code under a monitor: its INT is #GP, the monitor skips it and goes on."""
+    board = Board()
+    board.paging()
+    board.load("mov ax, 0x2000\nmov ds, ax\nmov byte ptr [0x10], 0x55\n"
+               "int 0x21\ninc cx\nint 0x22", 0x7000, 16)
+    board.gate(13, CODE + 0x400)
+    board.load("""
+        add esp, 4
+        mov eax, 0x10
+        mov ds, eax
+        inc ebx
+        mov eax, [esp]
+        add eax, 0x7000
+        cmp byte ptr [eax+1], 0x22
+        jz over
+        add dword ptr [esp], 2
+        .byte 0xcf
+    over:
+        mov edi, [esp+8]
+        mov edx, [esp+4]
+        mov esi, [0x20010]
+        hlt""", CODE + 0x400)
+    flags = 0x20002
+    frame = (0, 0, 0, 0, 0x700, 0x800, flags, 0x700, 0)  # GS FS DS ES SS ESP EFLAGS CS EIP
+    board.run("\n".join(f"push {word}" for word in frame) + "\nxor ecx, ecx\n.byte 0xcf")
+    assert [f.vector for f in board.faults] == [GP, GP]
+    assert board.regs[EBX] == 2
+    assert board.regs[ECX] == 1
+    assert board.regs[EDX] == 0x700
+    assert board.regs[EDI] & 0x20000
+    assert board.regs[ESI] == 0x55

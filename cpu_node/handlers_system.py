@@ -60,8 +60,9 @@ def _far_operand(sim: Simulator, insn: Insn) -> tuple[int, int]:
     """(selector, offset) from memory."""
     size = insn.opsize
     va = sim.single.linear(insn.default_segment, sim.single.offset(insn), size + 2, False)
-    data = sim.memory.read(va, size + 2, sim.user)
-    return int.from_bytes(data[size:], "little"), int.from_bytes(data[:size], "little")
+    offset = sim.memory.read(va, size, sim.user)
+    selector = sim.memory.read16(va + size & 0xFFFFFFFF, sim.user)
+    return selector, int.from_bytes(offset, "little")
 
 
 def _load_far(sim: Simulator, insn: Insn) -> None:

@@ -3,7 +3,7 @@
 For what cannot run in the guest's own window: operands in memory-mapped I/O, segments with a base or a
 limit, 16-bit addresses, an operand that wraps at 4 GiB. The operand is read and written through the
 simulator's memory, so its ALU semantics need no second implementation.
-Left out: instructions with more than one memory operand (strings: simulate_strings.py) or none of ModRM.
+Left out: instructions with more than one memory operand (strings: handlers_string.py) or none of ModRM.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from tests.insn.values import chance, fpu_state, integer, page_pool
 
 MAX_INSTRUCTIONS = 6
 REACH = 16  # bytes of HLT after the code that branches may aim at
+ONE_ACCESS = frozenset((0, 1, 2, 4, 6, 8, 10, 16))  # widths of operands that fault at one address
 HLT_PAGE = bytes((HLT,)) * PAGE_SIZE
 DEFAULT_FX = fx_image()
 X87_POINTERS = {  # (offset, length) of FIP, FOP, FDP and selectors, by operand size [8.1.10, 10.5.1]
@@ -83,7 +84,7 @@ def write(row: Row, draft: Draft) -> Instance:
             draft.blind_memory.append((instance.va + FXSAVE_RESERVED[0], FXSAVE_RESERVED[1]))
     for va, data in instance.late:
         draft.poke(va, data)
-    draft.fault_page_only |= instance.memory and instance.width > 16
+    draft.fault_page_only |= instance.memory and instance.width not in ONE_ACCESS
     draft.emit(code)
     for reg in instance.touched:
         draft.spoil(reg)

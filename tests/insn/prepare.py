@@ -77,10 +77,10 @@ def _pusha(instance: Instance) -> None:
         instance.draft.blind_registers_on_fault = tuple(instance.touched)
         instance.draft.fault_page_only = True
     else:
-        esp = instance.draft.initial[ESP]
-        assert esp is not None
-        va = instance.draft.stack_va(esp)
-        instance.draft.blind_on_fault.append((va - 8 * instance.operand_size, 8 * instance.operand_size))
+        esp = instance.draft.known[ESP]
+        if esp is not None:
+            va = instance.draft.stack_va(esp)
+            instance.draft.blind_on_fault.append((va - 8 * instance.operand_size, 8 * instance.operand_size))
     distance = 8 * instance.operand_size * (1 if instance.row.action == "popa" else -1)
     instance.after.append(lambda: instance.draft.move(ESP, distance))
 
@@ -97,10 +97,10 @@ def _enter(instance: Instance) -> None:
     _leave(instance)
     size = instance.rng.choice((0, 4, 8, 16, 0x20, 0x1000, integer(instance.rng, 16)))
     level = instance.rng.choice((0, 0, 0, 1, 2, 3, 31, 32, integer(instance.rng, 8)))
-    esp = instance.draft.initial[ESP]
-    assert esp is not None
-    va = instance.draft.stack_va(esp)
-    instance.draft.blind_on_fault.append((va - 4 * MAX_LEVEL, 4 * MAX_LEVEL))
+    esp = instance.draft.known[ESP]
+    if esp is not None:
+        va = instance.draft.stack_va(esp)
+        instance.draft.blind_on_fault.append((va - 4 * MAX_LEVEL, 4 * MAX_LEVEL))
     instance.immediates = struct.pack("<HB", size, level)
 
 

@@ -165,7 +165,10 @@ class _PumpProcess:
             self._read_input()
 
     def _obey(self) -> None:
-        received = wire.receive_record(self._sock)
+        try:
+            received = wire.receive_record(self._sock)
+        except ConnectionResetError:  # killed before it had read all of our records
+            received = None
         if received is None:
             return  # the launcher has ended: its pidfd says so next
         record = received[0]
@@ -247,25 +250,35 @@ class _PumpProcess:
             self._tell({"op": "leave"})
 
     def _outlive_launcher(self) -> None:
-        """The launcher is gone and the kernel is ending the machine: restore first, then show the rest."""
-        self._restore()
+        """The launcher is gone and the kernel is ending the machine: restore first, then show the rest.
+
+        The rest may go on in the middle of a line, so what tidies the screen up comes behind it.
+        """
+        was_raw, self._raw = self._raw, False
+        if was_raw and self._terminal is not None:
+            self._terminal.restore()  # this once: from now on the terminal is the shell's
         self._finishing = True
-        if self._console is None:
-            return
-        self._console.settimeout(ORPHAN_DRAIN_S)
-        with contextlib.suppress(OSError):
-            while piece := self._console.recv(PIECE):
-                self._show(piece)
-        self._console.close()
-        self._console = None
+        if self._console is not None:
+            self._console.settimeout(ORPHAN_DRAIN_S)
+            with contextlib.suppress(OSError):
+                while piece := self._console.recv(PIECE):
+                    self._show(piece)
+            self._console.close()
+            self._console = None
+        if was_raw:
+            self._tidy()
 
     def _restore(self) -> None:
         if self._raw and self._terminal is not None:
             self._raw = False
-            if os.isatty(STDOUT) and not self._output_broken:
-                with contextlib.suppress(OSError):
-                    _write_all(STDOUT, SANE + (b"" if self._last_byte == b"\n" else b"\r\n"))
+            self._tidy()
             self._terminal.restore()
+
+    def _tidy(self) -> None:
+        """What the guest may have left on the screen: attributes, a hidden cursor, a line without its end."""
+        if os.isatty(STDOUT) and not self._output_broken:
+            with contextlib.suppress(OSError):
+                _write_all(STDOUT, SANE + (b"" if self._last_byte == b"\n" else b"\r\n"))
 
     def _say(self, text: str) -> None:
         start = "\r\n" if self._raw and self._last_byte != b"\n" else ""

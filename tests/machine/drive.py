@@ -49,16 +49,17 @@ class Screen:
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 200, 0, 0))
         self.attributes_before = self.attributes()
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [LAUNCHER, *map(str, arguments)],
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave if errors is None else errors.open("wb"),
-            cwd=ROOT,
-            env=environment(runtime),
-            start_new_session=True,
-            preexec_fn=_take_terminal,
-        )
+        with contextlib.nullcontext(self.slave) if errors is None else errors.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [LAUNCHER, *map(str, arguments)],
+                stdin=self.slave,
+                stdout=self.slave,
+                stderr=stderr,
+                cwd=ROOT,
+                env=environment(runtime),
+                start_new_session=True,
+                preexec_fn=_take_terminal,
+            )
 
     def __enter__(self) -> Screen:
         return self
@@ -107,18 +108,28 @@ class Screen:
                 raise self.failure(f"no {wanted.pattern!r} within {timeout_s:g} s")
             self._read(0.2)
 
-    def finish(self, status: int, timeout_s: float = PATIENCE_S) -> None:
-        """Read on to the end of the launcher, with this exit status (-n: killed by signal n)."""
+    def watch(self, seconds: float) -> None:
+        """Read what comes during this time, or until the launcher ends."""
+        deadline = time.monotonic() + seconds
+        while self.alive and (left := deadline - time.monotonic()) > 0:
+            self._read(min(left, 0.02))
+
+    def finish(self, status: int | None, timeout_s: float = PATIENCE_S) -> int:
+        """Read on to the end of the launcher; its exit status (-n: killed by signal n).
+
+        It must be `status`, if one is given.
+        """
         deadline = time.monotonic() + timeout_s
         while self.alive:
             if time.monotonic() > deadline:
                 raise self.failure(f"does not end within {timeout_s:g} s")
             self._read(0.05)
         self.drain()
-        if self.process.returncode != status:
+        if status not in (None, self.process.returncode):
             raise self.failure(f"exit status {self.process.returncode}, not {status}")
         if KILLED in (self.output if self._errors is None else self._errors.read_bytes()):
             raise self.failure("a process did not end when told to")
+        return self.process.returncode
 
     def drain(self) -> None:
         """Read all that has been shown so far."""

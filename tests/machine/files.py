@@ -10,7 +10,6 @@ from tests.machine.drive import ROOT
 GUEST = ROOT / "build" / "guest"
 GUESTS = Path(__file__).parent / "guests"
 CMDLINE = "console=ttyS0 panic=-1 nokaslr mitigations=off"
-QUICK = "quiet cryptomgr.notests bench=off"  # words for the shortest boot: up, GUEST-READY, power-off
 
 DEVICES = """
 [[device]]

@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint bench-boot clean distclean
+.PHONY: help setup guest guest-bench run hello test lint boots bench-boot clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        set up, fetch the guest, ruff, mypy, all tests"
 	@echo "make setup       the set-up alone: $(VENV) with $(VENV)/bin/launcher"
 	@echo "make guest       fetch and build the guest alone, into build/guest"
+	@echo "make boots       20 boots in a row, with 64 MiB to 1 GiB, with APICs and without"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make clean       remove what was built; distclean: the virtual environment too"
@@ -50,6 +51,9 @@ lint: setup
 test: lint
 	@$(PY) -m launcher.guest --bench || true
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+boots: guest
+	@BOOTS=20 $(PY) -m pytest -s tests/machine/test_boots.py -k in_a_row
 
 bench-boot: guest
 	@$(PY) -m bench.boot $(BENCH_ARGS)

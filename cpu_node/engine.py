@@ -31,7 +31,7 @@ from cpu_node.cpu import (
     REGISTER_NAMES,
     Cpu,
 )
-from cpu_node.decode import decode
+from cpu_node.describe import describe_instruction
 from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, parse
 from cpu_node.errors import DB, NMI, UD, GuestFault
 from cpu_node.flags import AC, RF, TF, VM
@@ -435,23 +435,3 @@ class Engine:
     def report(self, kind: str, text: str, at_next: bool = False) -> None:
         """One line to the launcher, with where it happened."""
         self.platform.report(kind, f"{text} at {self.where(at_next)}", self.cpu.dump())
-
-
-def describe_instruction(engine: Engine, at_next: bool) -> str:
-    """CS:EIP, bytes and disassembly; at_next: EIP is behind the instruction (the simulator is in it)."""
-    import capstone
-
-    cpu = engine.cpu
-    eip = cpu.eip
-    code = cpu.seg[CS]
-    if at_next and engine.simulator.text:
-        insn = decode(engine.simulator.text, 0, not code.big)
-        eip = eip - insn.length & 0xFFFFFFFF
-    try:
-        text = engine.memory.read(code.base + eip & 0xFFFFFFFF, 15)
-    except GuestFault:
-        return f"{code.selector:04x}:{eip:08x}: not readable"
-    bits = capstone.CS_MODE_32 if code.big else capstone.CS_MODE_16
-    for _, size, name, operands in capstone.Cs(capstone.CS_ARCH_X86, bits).disasm_lite(text, eip, 1):
-        return f"{code.selector:04x}:{eip:08x}: {text[:size].hex(' ')}  {name} {operands}".rstrip()
-    return f"{code.selector:04x}:{eip:08x}: {text[:8].hex(' ')}  (no instruction)"

@@ -36,10 +36,18 @@ from cpu_node.lapic import LocalApic
 RAM = 16 << 20
 GDT, IDT, TSS = 0x1000, 0x2000, 0x3000
 STACK, STACK3 = 0x9000, 0xB000  # tops, of the kernel and of CPL 3
-HANDLERS = 0x6000  # of vectors, when `handlers` made them: 16 bytes each
+HANDLERS = 0x6000  # room for more handlers
 DIRECTORY, TABLES = 0x10000, 0x11000  # page directory, page tables
 CODE, DATA = 0x100000, 0x200000
 MMIO = 0xF000_0000  # no RAM: 64 KiB of registers that hold what was written
+
+HANDLER = 0x110000  # of vectors that Board.handler made: 256 bytes each
+VECTOR = 0x40  # an ordinary one
+COUNTER = 0x210000  # what COUNT counts
+COUNT = f"inc dword ptr [{COUNTER:#x}]"
+IRET = ".byte 0xcf"
+# IRET to the next instruction, with more flags set
+IRET_WITH = "pushfd\nor dword ptr [esp], {}\n.byte 0x0e\ncall next\nnext: add dword ptr [esp], 5\n.byte 0xcf"
 
 CODE0, DATA0, CODE3, DATA3, TSS_SEL = 0x08, 0x10, 0x1B, 0x23, 0x28
 FIRST_FREE = 0x30
@@ -179,6 +187,12 @@ class Board:
         """An IDT entry; exceptions are delivered from now on."""
         struct.pack_into("<Q", self.ram, IDT + 8 * vector, pack_gate(kind, selector, va, dpl=dpl))
         self.delivers = True
+
+    def handler(self, body: str = COUNT, vector: int = VECTOR, dpl: int = 0) -> None:
+        """An interrupt handler that does something (counts) and returns."""
+        va = HANDLER + 0x100 * vector
+        self.load(f"{body}\n{IRET}", va)
+        self.gate(vector, va, dpl)
 
     def paging(self, cr4: int = CR4_PSE) -> None:
         """Identity-map all RAM by 4 KiB pages with all rights, and switch paging on."""

@@ -6,73 +6,16 @@ memory anew each time. Source: Intel SDM vol. 3A 12.6 (a processor since the P6 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from cpu_node import layout as at
 from cpu_node.contexts import MIXED_AFTER
 from cpu_node.cpu import EAX, EBX, ECX
-from cpu_node.errors import GuestFault
-from tests.cpu_node.board import CODE, DATA, DIRECTORY, PS, RW, US, Board, P, asm
+from tests.cpu_node.board import CODE, DATA, US, Board, P, asm
 from tests.cpu_node.child import isolated
+from tests.cpu_node.twice import aliased_board, same
 
-ALIAS = 0x4000_0000  # maps what lies at CODE once more
-BIG_ALIAS = 0x5000_0000  # and so, by a 4 MiB page
 MOV_EAX = 0xB8
-
-
-def _board() -> Board:
-    board = Board()
-    _renew(board)
-    return board
-
-
-def _interpret(board: Board, text: str | bytes, va: int) -> None:
-    board.load(text, va)
-    board.cpu.eip = va
-    board.cpu.halted = False
-    board.engine.stopping = False
-    board.engine._set_mode()
-    for _ in range(200_000):
-        try:
-            board.engine.interpreted()
-        except GuestFault as fault:
-            board.engine.fault(fault)
-        if board.cpu.halted or board.engine.stopping:
-            return
-    raise AssertionError("no end")
-
-
-def _state(board: Board) -> tuple[object, ...]:
-    return (list(board.regs), board.cpu.eip, board.cpu.eflags & 0xCD5, bytes(board.ram[CODE : CODE + 0x4000]),
-            bytes(board.ram[DATA : DATA + 0x1000]), board.faults)
-
-
-def _same(text: str | bytes, prepare: Callable[[Board], None] = lambda board: None, va: int = CODE) -> Board:
-    """Both ways must end alike; returns the board that ran translated."""
-    board = Board()
-    states = []
-    for way in (_interpret, Board.run):
-        _renew(board)
-        prepare(board)
-        way(board, text, va)
-        states.append(_state(board))
-    assert board.translated
-    assert states[0] == states[1]
-    return board
-
-
-def _renew(board: Board) -> None:
-    """The board as it was made: record and code cache exist once in a process."""
-    board.ram[:] = bytes(len(board.ram))
-    board.forget()
-    board.paging()
-    for n in range(4):
-        board.map(ALIAS + n * 0x1000, CODE + n * 0x1000)
-    board.poke32(DIRECTORY + (BIG_ALIAS >> 22 << 2), PS | P | RW | US)
-    board.flush()
-
 
 STORES = {
     "same address": "mov dword ptr [victim+1], 7",
@@ -147,7 +90,7 @@ UNCHANGED = asm("mov eax, 1\nnop\nnop\nnop")
 @pytest.mark.parametrize("name", STORES)
 @isolated
 def test_store_to_an_instruction_ahead(name: str) -> None:
-    board = _same(_program(STORES[name]))
+    board = same(_program(STORES[name]))
     assert UNCHANGED not in board.ram[CODE : CODE + 0x200]
     if name in ("same address", "alias", "big alias", "byte", "crossing", "add", "xchg", "push", "pop"):
         assert board.regs[EAX] == 7
@@ -161,13 +104,13 @@ def test_store_to_an_instruction_ahead_on_a_mixed_page(name: str) -> None:
     def mix(board: Board) -> None:
         board.engine.contexts.code.mixed.add(CODE >> 12)
 
-    _same(_program(STORES[name]), mix)
+    same(_program(STORES[name]), mix)
 
 
 @isolated
 def test_loop_that_changes_itself() -> None:
     """Each round another immediate; soon the page verifies instead of faulting."""
-    board = _same("""
+    board = same("""
         mov ecx, 300
         xor ebx, ebx
     again:
@@ -185,7 +128,7 @@ def test_loop_that_changes_itself() -> None:
 @isolated
 def test_data_beside_code_stops_faulting() -> None:
     """A counter on the page of the loop that counts: not a fault, nor a translation, for each round."""
-    board = _same("""
+    board = same("""
         mov ecx, 20000
     again:
         inc dword ptr [counter]
@@ -202,7 +145,7 @@ def test_data_beside_code_stops_faulting() -> None:
 
 @isolated
 def test_data_on_a_code_page_written_by_other_code() -> None:
-    board = _board()
+    board = aliased_board()
     board.load("inc dword ptr [eax]\nret", CODE + 0x1000)
     board.run(f"""
         mov eax, {CODE + 0x1800:#x}
@@ -219,7 +162,7 @@ def test_data_on_a_code_page_written_by_other_code() -> None:
 @isolated
 def test_compiler_writes_and_calls() -> None:
     """What a just-in-time compiler does: another function at the same place, many times, by a string move."""
-    board = _same(f"""
+    board = same(f"""
         mov ebp, 200
         xor ebx, ebx
     again:
@@ -245,7 +188,7 @@ def test_compiler_writes_and_calls() -> None:
 def test_loop_body_replaced_by_a_callee() -> None:
     """A call into another page rewrites the caller behind its back; the return goes to new code."""
     callee = asm(f"mov dword ptr [{CODE + 8:#x}], 5\nmov dword ptr [{CODE + 13:#x}], 6\nret", CODE + 0x1000)
-    board = _same(f"""
+    board = same(f"""
         mov edx, {CODE + 0x1000:#x}
         call edx
         mov eax, 1
@@ -267,7 +210,7 @@ def test_crossing_instruction_changed(page: int, mixed: bool) -> None:
         if mixed:
             board.engine.contexts.code.mixed |= {(CODE >> 12) + 1 + page}
 
-    board = _same(f"""
+    board = same(f"""
         mov esi, {CODE + 0x1FFD:#x}
         call esi
         mov edi, eax
@@ -286,7 +229,7 @@ def test_crossing_instruction_changed(page: int, mixed: bool) -> None:
 @isolated
 def test_store_across_a_data_and_a_code_page() -> None:
     """An unaligned store that ends on a page of code."""
-    board = _same(f"""
+    board = same(f"""
         mov esi, {CODE + 0x2000:#x}
         mov dword ptr [esi], 0xb8
         mov dword ptr [esi+4], 0xc300
@@ -303,7 +246,7 @@ def test_store_across_a_data_and_a_code_page() -> None:
 def test_jump_into_the_middle_of_an_instruction() -> None:
     """The same bytes as two instruction streams, in turns, and changed while both are known."""
     code = asm("mov eax, 0x90c3f889", CODE + 0x1000) + b"\xc3"  # inside it: mov eax, edi; ret; nop
-    board = _same("""
+    board = same("""
         mov edi, 0x77
         mov esi, 0x101000
         mov ecx, 3
@@ -330,7 +273,7 @@ def _load(board: Board, code: bytes) -> None:
 @isolated
 def test_overlapping_streams_in_one_loop() -> None:
     """A prefix that is jumped over in every second round."""
-    _same("""
+    same("""
         mov ecx, 20
         mov esi, 0x200000
     again:
@@ -349,7 +292,7 @@ def test_overlapping_streams_in_one_loop() -> None:
 @isolated
 def test_user_code_changed_by_the_kernel() -> None:
     """What a debugger's breakpoint is: the kernel writes INT3 into a page that CPL 3 executed."""
-    board = _board()
+    board = aliased_board()
     board.load("mov eax, 1\nint 0x80\nmov eax, 2\nint 0x80\nud2", CODE + 0x1000)
     board.gate(0x80, CODE + 0x100, dpl=3)
     board.gate(3, CODE + 0x200, dpl=3)
@@ -368,7 +311,7 @@ def test_user_code_changed_by_the_kernel() -> None:
 @isolated
 def test_page_of_code_filled_by_the_kernel_for_the_user() -> None:
     """Demand loading: the page comes as data, is executed, is thrown away, comes with other code."""
-    board = _board()
+    board = aliased_board()
     va = 0x0804_8000
     pte_pa = board.map(va, 0x300000, 0)
     results = []
@@ -388,7 +331,7 @@ def test_page_of_code_filled_by_the_kernel_for_the_user() -> None:
 @isolated
 def test_code_that_the_device_wrote() -> None:
     """INS into code: the simulator's writes are writes too."""
-    board = _board()
+    board = aliased_board()
     board.port_values[0x10] = 0xC3
     board.load("mov eax, 1\nnop\nret", CODE + 0x1000)
     board.run("""
@@ -408,7 +351,7 @@ def test_code_that_the_device_wrote() -> None:
 @isolated
 def test_stack_on_the_page_of_code() -> None:
     """Every CALL writes to the page it is on."""
-    board = _same(f"""
+    board = same(f"""
         mov esp, {CODE + 0x800:#x}
         mov ecx, 500
     again:
@@ -427,7 +370,7 @@ def test_stack_on_the_page_of_code() -> None:
 @isolated
 def test_writes_are_forgotten_with_the_cache() -> None:
     """After a flush of the cache a page that was mixed is code again, and still right."""
-    board = _same("""
+    board = same("""
         mov ecx, 20
     again:
         mov [victim+1], ecx
@@ -446,7 +389,7 @@ def test_writes_are_forgotten_with_the_cache() -> None:
 
 @isolated
 def test_mixed_begins_after_a_few_writes() -> None:
-    board = _board()
+    board = aliased_board()
     board.run(f"mov ecx, {MIXED_AFTER - 2}\nagain: mov byte ptr [data], cl\nloop again\nhlt\ndata: nop")
     assert CODE >> 12 not in board.engine.contexts.code.mixed
     board.run(f"mov ecx, {MIXED_AFTER + 1}\nagain: mov byte ptr [data], cl\nloop again\nhlt\ndata: nop")

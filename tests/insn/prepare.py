@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from tests.insn.draft import CODE, DATA, HIGH, MASK
+from tests.insn.draft import CODE, DATA, HIGH, MASK, RW_PAGES
 from tests.insn.instance import PREFIX_66, REP, REPNE, Instance
 from tests.insn.segments import (
     ANY_SELECTORS,
@@ -22,7 +22,7 @@ from tests.insn.segments import (
     WRITABLE_SELECTORS,
     base_of,
 )  # fmt: skip
-from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF, TF
+from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF, PAGE_SIZE, TF
 from tests.insn.values import chance, integer
 
 
@@ -376,6 +376,8 @@ def _far_call_frame(instance: Instance) -> None:
     if esp is not None:
         size = 2 * instance.operand_size
         draft.blind_on_fault.append((draft.stack_va(esp) - size, size))
+    else:
+        draft.blind_on_fault += [(page, PAGE_SIZE) for page in RW_PAGES]
     instance.after.append(lambda: draft.spoil(ESP))
 
 

@@ -89,6 +89,17 @@ def descendants(root: int) -> set[int]:
     return found
 
 
+def machine_processes() -> dict[int, str]:
+    """pid -> command line of what lives below us and is a launcher or was started by one."""
+    found = {}
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if "multiprocessing.resource_tracker" not in line:
+                found[pid] = line
+    return found
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -188,6 +199,7 @@ class Command:
 def launcher(runtime: Path) -> Iterator[Callable[..., Command]]:
     """launcher("ENTRY", "up", ...) starts a command; at the end, nothing may be left of any."""
     commands: list[Command] = []
+    before_us = descendants(os.getpid())  # helpers of other tests', which live as long as pytest
 
     def start(entry: str, *arguments: object, terminal: bool = False) -> Command:
         line = [sys.executable, "-m", "tests.launcher.drive", entry, *map(str, arguments)]
@@ -227,14 +239,13 @@ def launcher(runtime: Path) -> Iterator[Callable[..., Command]]:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-    left = descendants(os.getpid())
-    for pid in left:
+    for pid in descendants(os.getpid()) - before_us:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def assert_nothing_left(runtime: Path, expected_files: tuple[str, ...] = ()) -> None:
     """No process, socket or file of any machine."""
-    wait_until(lambda: not descendants(os.getpid()), f"processes {descendants(os.getpid())} end")
+    wait_until(lambda: not machine_processes(), f"{machine_processes()} end")
     left = sorted(str(p.relative_to(runtime)) for p in runtime.rglob("*")) if runtime.exists() else []
     assert left == list(expected_files)

@@ -1,14 +1,15 @@
 """Hardware breakpoints: DR0 to DR3 as DR7 arms them.
 
 Source: Intel SDM vol. 3B 17.2.4 (DR7), 17.2.5 (addresses and lengths), 17.3.1 (faults and traps). While one
-is armed, code runs one instruction at a time in the simulator; accesses are seen in its memory.
-Left out: breakpoints on I/O ports (CR4.DE with R/W = 2) never hit.
+is armed, code runs one instruction at a time in the simulator; accesses are seen in its memory and where its
+port instructions check permission.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cpu_node.cpu import CR4_DE
 from cpu_node.descriptor import CS
 from cpu_node.errors import DB, GuestFault
 from cpu_node.observe import observe, stop
@@ -60,6 +61,15 @@ class Breakpoints:
         """The memory as it was."""
         if self._data:
             stop(self.memory)
+
+    def note_port(self, port: int, width: int) -> None:
+        """An IN, OUT, INS or OUTS accesses a port [17.2.4: R/W = 2 means ports where CR4.DE is set]."""
+        if not self.cpu.cr4 & CR4_DE:
+            return
+        for n, kind, length in self._armed():
+            first = self.cpu.dr[n] & -length & 0xFFFFFFFF
+            if kind == PORTS and port < first + length and first < port + width:
+                self.hits |= 1 << n
 
     def _note(self, va: int, width: int, writes: bool, user: bool) -> None:
         for low, high, bit, reads_too in self._data:

@@ -77,6 +77,7 @@ class Engine:
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
         self.breakpoints = Breakpoints(self.cpu, self.memory)
         self.simulator.kick = self._kick
+        self.simulator.on_port = self.breakpoints.note_port
         self.stopping = False
         self.mode = modes.STEP
         self.exits: Counter[int] = Counter()

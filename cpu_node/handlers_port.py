@@ -27,6 +27,8 @@ def _port(sim: Simulator, insn: Insn) -> tuple[int, int]:
     by_dx = opcode >= 0xEC or opcode < 0xE0
     port = sim.cpu.regs[EDX] & 0xFFFF if by_dx else insn.imm & 0xFF
     tasks.check_io(sim.cpu, port, width)
+    if not insn.rep or sim.cpu.regs[ECX] & (0xFFFF if insn.addr16 else 0xFFFFFFFF):
+        sim.on_port(port, width)
     return port, width
 
 

@@ -40,6 +40,7 @@ class Simulator:
         self.text = b""
         self._fetch_bytes = memory.read  # data breakpoints see only what handlers read
         self.kick: Callable[[], None] = lambda: None  # interrupts may have changed: have them looked at
+        self.on_port: Callable[[int, int], None] = lambda port, width: None  # an I/O instruction's access
         self._decoded: dict[tuple[bytes, bool], Insn] = {}
 
     @property

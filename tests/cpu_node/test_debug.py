@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpu_node.cpu import DR6_BD, DR6_BS
+from cpu_node.cpu import CR4_DE, DR6_BD, DR6_BS
 from cpu_node.descriptor import TRAP_GATE32
 from cpu_node.errors import DB, UD
 from cpu_node.flags import IF, RF, TF
@@ -331,6 +331,37 @@ def test_data_breakpoint(name: str, kind: int) -> None:
     hits = [dr6 for _, dr6 in _log(board)]
     expected = on_write if kind == 1 else on_access
     assert hits == ([2] if expected else [])
+
+
+PORTS = {
+    "out imm": ("out 0x60, al", True), "in dx": ("mov dx, 0x60\nin al, dx", True),
+    "dword over": ("in eax, 0x5e", True),
+    "below": ("in ax, 0x5e", False), "above": ("out 0x62, al", False), "insb": ("mov dx, 0x61\ninsb", True),
+    "rep of none": ("mov dx, 0x60\nxor ecx, ecx\nrep outsb", False), "memory": ("mov al, [0x60]", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("extensions", [True, False], ids=["de", "no-de"])
+@pytest.mark.parametrize("name", PORTS)
+@isolated
+def test_port_breakpoint(name: str, extensions: bool) -> None:
+    """R/W = 2 with CR4.DE: a trap behind an access to the two ports from 60h [17.2.4, 17.3.1.2]."""
+    text, hit = PORTS[name]
+    board = _board()
+    board.run(f"""
+        mov eax, {CR4_DE if extensions else 0}
+        mov cr4, eax
+        mov esi, {DATA:#x}
+        mov edi, esi
+        mov eax, 0x60
+        mov dr2, eax
+        mov eax, {1 << 4 | 2 << 24 | 1 << 26:#x}
+        mov dr7, eax
+        {text}
+        xor eax, eax
+        mov dr7, eax
+        hlt""")
+    assert [dr6 for _, dr6 in _log(board)] == ([4] if hit and extensions else [])
 
 
 @isolated

@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint boots bench-boot clean distclean
+.PHONY: help setup guest guest-bench run hello test lint boots bench bench-boot clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -18,6 +18,7 @@ help:
 	@echo "make guest       fetch and build the guest alone, into build/guest"
 	@echo "make boots       20 boots in a row, with 64 MiB to 1 GiB, with APICs and without"
 	@echo "make lint        ruff and mypy"
+	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make clean       remove what was built; distclean: the virtual environment too"
 
@@ -54,6 +55,9 @@ test: lint
 
 boots: guest
 	@BOOTS=20 $(PY) -m pytest -s tests/machine/test_boots.py -k in_a_row
+
+bench: guest-bench
+	@$(PY) -m bench.compare $(BENCH_ARGS)
 
 bench-boot: guest
 	@$(PY) -m bench.boot $(BENCH_ARGS)

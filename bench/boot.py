@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -87,8 +88,11 @@ def qemu_command(guest: Guest) -> list[str]:
     return command
 
 
-def backplane_command(guest: Guest, machine: Path) -> list[str]:
-    """The machine file with this guest's files, memory and command line in place of its own."""
+def backplane_command(guest: Guest, machine: Path, cpu: Mapping[str, object] | None = None) -> list[str]:
+    """The machine file with this guest's files, memory and command line in place of its own.
+
+    `cpu` are keys of its [cpu] table, in place of its own too.
+    """
     text = machine.read_text()
     values = {
         "kernel": guest.kernel,
@@ -101,6 +105,9 @@ def backplane_command(guest: Guest, machine: Path) -> list[str]:
         text, count = re.subn(rf'^{key} = ".*"$', f'{key} = "{value}"', text, count=1, flags=re.MULTILINE)
         if count != 1:
             sys.exit(f'{machine}: has no line {key} = "..." to replace')
+    for key, value in (cpu or {}).items():
+        text = re.sub(rf"^{key} = .*\n", "", text, flags=re.MULTILINE)
+        text = text.replace("[cpu]\n", f"[cpu]\n{key} = {json.dumps(value)}\n", 1)
     file = SCRATCH / "boot.toml"
     SCRATCH.mkdir(parents=True, exist_ok=True)
     file.write_text(text)

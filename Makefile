@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint boots bench bench-boot clean distclean
+.PHONY: help setup guest guest-bench run hello test lint boots bench bench-boot profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
+	@echo "make profile     where guest time goes, in a boot of Linux"
 	@echo "make clean       remove what was built; distclean: the virtual environment too"
 
 setup: $(INSTALLED)
@@ -61,6 +62,9 @@ bench: guest-bench
 
 bench-boot: guest
 	@$(PY) -m bench.boot $(BENCH_ARGS)
+
+profile: guest
+	@$(PY) -m bench.profile $(PROFILE_ARGS)
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

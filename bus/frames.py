@@ -198,6 +198,18 @@ class StatsReply(Frame):
 
 
 @dataclass(frozen=True, slots=True)
+class Timing(Frame):
+    """Begin or end to measure where a CPU's time goes; beginning anew starts from zero."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TimingReply(Frame):
+    """It will be so from the next instruction on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Save(Frame):
     """Ask for the state record."""
 
@@ -272,5 +284,7 @@ TABLE: dict[int, tuple[type[Frame], Direction]] = {
     42: (Shutdown, "one-way"),
     43: (Event, "one-way"),
     44: (Refused, "reply"),
+    45: (Timing, "request"),
+    46: (TimingReply, "reply"),
 }
 KIND_OF: dict[type[Frame], int] = {cls: kind for kind, (cls, _) in TABLE.items()}

@@ -40,10 +40,12 @@ from bus.frames import (
     Shutdown,
     Stats,
     StatsReply,
+    Timing,
+    TimingReply,
 )
 from bus.io import IoClient
 from cpu_node import layout as at
-from cpu_node import stubs_unsafe
+from cpu_node import stubs_unsafe, timing
 from cpu_node.cpuid import CpuModel, host_flags
 from cpu_node.engine import Engine
 from cpu_node.errors import TripleFault
@@ -51,6 +53,7 @@ from cpu_node.lapic import LocalApic
 from memory_node.client import attach
 
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
+TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment, not empty: measure from the start on
 CLOSE_S = 2.0
 REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
 REPORTED_STATE = frozenset(("triple-fault",))
@@ -78,6 +81,10 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     user_mode: str = "translated"
     launcher: str = "launcher"
     log_level: str = "warning"
+
+
+class _RunAnew(Exception):
+    """Engine.run is to be left and called again."""
 
 
 class Node:
@@ -127,6 +134,8 @@ class Node:
         self._cpu_thread = threading.get_ident()
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
         self._endpoint_stats: dict[str, Any] = {}
+        self._timing: timing.Timing | None = None
+        self._timing_wanted: bool | None = bool(os.environ.get(TIMING_VARIABLE)) or None
         self._bus_ready = threading.Event()
 
     # ---- the CPU's thread
@@ -141,7 +150,10 @@ class Node:
         self._send(Event("ready", self.config.node))
         while not engine.stopping:
             try:
+                self._time_if_wanted()
                 engine.run()
+            except _RunAnew:
+                continue
             except TripleFault:
                 self.report("triple-fault", f"triple fault at {engine.where()}", engine.cpu.dump())
                 self._in_reset = True
@@ -212,6 +224,8 @@ class Node:
             self._take(self._inbox.popleft())
         if self._in_reset:
             self._wait_in_reset()
+        if self._timing_wanted is not None:
+            raise _RunAnew
 
     def idle(self, deadline_ns: int | None) -> None:
         self._io.flush()
@@ -277,6 +291,9 @@ class Node:
                 self._answer(received, SaveReply(engine.cpu.dump()))
             case Stats():
                 self._answer(received, StatsReply(self._counters()))
+            case Timing(on=on):
+                self._timing_wanted = on
+                self._answer(received, TimingReply())
             case Shutdown():
                 engine.stopping = True
                 self._in_reset = False
@@ -312,7 +329,18 @@ class Node:
         io["cache_flushes"] = cache.flushes
         io["pages_filled"] = engine.contexts.fills
         io["spaces"] = len(engine.contexts.spaces)
+        if self._timing is not None:
+            io["timing"] = self._timing.clock.to_plain()
         return io
+
+    def _time_if_wanted(self) -> None:
+        """Switch timing; not while Engine.run runs, which holds what is to be wrapped."""
+        wanted, self._timing_wanted = self._timing_wanted, None
+        if wanted is None:
+            return
+        if self._timing is not None:
+            self._timing.stop()
+        self._timing = timing.Timing(self.engine) if wanted else None
 
     def _send(self, frame: Frame) -> None:
         self._outbox.append((None, frame))

@@ -1,6 +1,7 @@
 """The control socket of a running machine: what `launcher ps` and `launcher down` talk to.
 
-One record (memory_node/wire.py) asks, one answers: {"op": "ps"} -> {"rows": [...]}, {"op": "down"} -> {}.
+One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
+of stats with all counters; {"op": "timing-on"}, {"op": "timing-off"} or {"op": "down"} -> {}.
 An answer may come later than the request; the connection stays open until then.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 from launcher.errors import EXIT_DIED, LauncherError
 from memory_node import wire
 
-OPERATIONS = ("ps", "down")
+OPERATIONS = ("ps", "stats", "timing-on", "timing-off", "down")
 ANSWER_S = 10.0
 DOWN_MS = 30_000  # longer than the supervisor is polite
 

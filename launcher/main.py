@@ -1,4 +1,4 @@
-"""The command line: `launcher up | down | ps | console | check | version`.
+"""The command line: `launcher up | down | ps | stats | console | check | version`.
 
 Imports little at its top, so that Ctrl-C has its quiet effect from the start.
 """
@@ -60,6 +60,8 @@ def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], Host
             return _check(options, facts)
         case "ps":
             return _ps(options)
+        case "stats":
+            return _stats(options)
         case "down":
             return _down(options)
         case "console":
@@ -109,6 +111,20 @@ def _parser() -> argparse.ArgumentParser:
         "the frames took at most this long), CPU time, restarts.",
     )
     ps.add_argument("machine", nargs="?", help="only this one (default: all)")
+    stats = commands.add_parser(
+        "stats",
+        help="show what the processes of a running machine cost",
+        description="Show each process's memory and mappings, all counters, and, where it is measured, where "
+        "the CPU's time goes: guest code, exits by kind, translation, page mappings, waiting for devices.",
+    )
+    _add_machine(stats)
+    stats.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    stats.add_argument("--watch", type=_seconds, metavar="S", help="print again every S seconds until Ctrl-C")
+    stats.add_argument(
+        "--timing",
+        choices=("on", "off"),
+        help="begin (anew) or end to measure where the CPU's time goes; an exit costs about 1 us more then",
+    )
     console = commands.add_parser(
         "console",
         help="attach to a serial port of a running machine",
@@ -194,6 +210,12 @@ def _ps(options: Any) -> int:
         except NoAnswer as e:  # it is starting or ending: the others are still of interest
             print(e)
     return EXIT_OK
+
+
+def _stats(options: Any) -> int:
+    from launcher.stats import stats
+
+    return stats(_running(options.machine), options.json, options.watch, options.timing)
 
 
 def _down(options: Any) -> int:

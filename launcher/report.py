@@ -54,9 +54,12 @@ def process_state(pid: int) -> tuple[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """`launcher ps` for one machine."""
-    cells = [COLUMNS, *map(_cells, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    left = (0, 2)  # columns of text; numbers are flush right
+    return aligned([COLUMNS, *map(cells, rows)], (0, 2))
+
+
+def aligned(cells: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
+    """Rows in columns: those in `left` are text, the others are numbers and flush right."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in left else cell.rjust(width)
@@ -66,7 +69,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """What `launcher ps` shows of a process."""
     return (
         row["node"],
         str(row["pid"]),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bus.endpoint import Endpoint, Received
-from bus.frames import Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, Stats, StatsReply
+from bus.frames import Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, Stats, StatsReply, Timing
 from devices.host import console_path
 from launcher import report
 from launcher.control import ControlServer
@@ -79,7 +79,10 @@ class Process:
 
 @dataclass(slots=True)
 class _PsRequest:
+    """Of `launcher ps`, or of `launcher stats`, which is shown all counters."""
+
     client: int
+    everything: bool
     deadline_ns: int
     missing: set[str]
     counters: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -253,11 +256,15 @@ class Supervisor:
             case "down":
                 self._control.answer(client, {})
                 raise MachineEnd(EXIT_OK, "ended by `launcher down`")
-            case "ps":
+            case "timing-on" | "timing-off":
+                self._endpoint.send(CPU, Timing(op == "timing-on"))
+                self._control.answer(client, {})
+            case "ps" | "stats":
                 asked = {node for node, process in self._processes.items() if process.ready}
                 for node in asked:
                     self._endpoint.send(node, Stats())
-                self._ps_requests.append(_PsRequest(client, time.monotonic_ns() + STATS_NS, asked))
+                deadline_ns = time.monotonic_ns() + STATS_NS
+                self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
 
     def _answer_ps(self) -> None:
         for request in list(self._ps_requests):
@@ -277,6 +284,8 @@ class Supervisor:
                 row["state"] = "starting"
             elif node in request.missing:
                 row["state"] += ", silent"
+            if request.everything:
+                row["counters"] = request.counters.get(node, {})
             yield row
 
     # ---- deaths --------------------------------------------------------------------------------

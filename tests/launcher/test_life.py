@@ -357,6 +357,8 @@ def test_commands_without_their_machine(machine_file: Path, runtime: Path, launc
         (["down", "x"], "x: no machine of this name is running; running: none"),
         (["console", "uart0"], "no machine is running"),
         (["ps", "x"], "no machine of this name"),
+        (["stats", "x"], "no machine of this name"),
+        (["stats"], "no machine is running"),
     ):
         command = launcher("idle", *arguments)
         assert command.finish() == 2
@@ -390,7 +392,7 @@ def test_check_and_version(machine_file: Path, runtime: Path, launcher: Start) -
     assert_nothing_left(runtime)
 
 
-@pytest.mark.parametrize("command", ["", "up", "down", "ps", "console", "check"])
+@pytest.mark.parametrize("command", ["", "up", "down", "ps", "stats", "console", "check"])
 def test_help_says_how(command: str, launcher: Start) -> None:
     run = launcher("idle", *[command][: bool(command)], "--help")
     assert run.finish() == 0

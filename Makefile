@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint boots bench bench-boot profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint boots bench bench-boot bench-scaling soak profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -20,6 +20,8 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
+	@echo "make bench-scaling  boot time and memory for guests of 64 MiB, 512 MiB and 2 GiB"
+	@echo "make soak        a fork storm for MINUTES=60: mappings and memory must stay flat"
 	@echo "make profile     where guest time goes, in a boot of Linux"
 	@echo "make clean       remove what was built; distclean: the virtual environment too"
 
@@ -62,6 +64,12 @@ bench: guest-bench
 
 bench-boot: guest
 	@$(PY) -m bench.boot $(BENCH_ARGS)
+
+bench-scaling: guest
+	@$(PY) -m bench.scaling $(BENCH_ARGS)
+
+soak: guest
+	@$(PY) -m bench.soak --minutes $(or $(MINUTES),60) $(BENCH_ARGS)
 
 profile: guest
 	@$(PY) -m bench.profile $(PROFILE_ARGS)

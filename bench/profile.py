@@ -10,23 +10,16 @@ elsewhere.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bench import boot
+from bench.machine import NAME, linux, running
 from launcher import stats
 from launcher.control import ask
-from launcher.rundir import CONTROL
-
-NAME = "profile"
-LAUNCHER = str(boot.REPO / ".venv" / "bin" / "launcher")
 
 
 def main() -> int:
@@ -41,8 +34,6 @@ def main() -> int:
     found: dict[str, Any] = {}
     for what, rows in profiles(options):
         cpu = next(row for row in rows if row["node"] == "cpu0")
-        if "timing" not in cpu["counters"]:
-            sys.exit(f"{what}: the CPU node did not answer")
         found[what] = rows
         if options.groups:
             print(f"\n{what}\n{stats.timing_table(cpu['counters']['timing'], 16)}", flush=True)
@@ -56,43 +47,21 @@ def main() -> int:
 def profiles(options: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(what ran, rows of `launcher stats`) as they come."""
     words = f"bench=on bgroups={options.groups} bscale={options.scale} end=halt" if options.groups else ""
-    initrd = boot.GUEST / ("initramfs-bench.cpio" if options.groups else "initramfs.cpio")
-    guest = boot.Guest(boot.GUEST / "vmlinuz", initrd, f"{boot.CMDLINE} {words}".strip(), options.memory)
-    file = boot.backplane_command(guest, options.machine)[-1]
-    with running(file) as (run_dir, lines):
-        for line in lines:
-            if "GUEST-READY" in line and not options.groups:
-                yield "boot to the shell", stats.gather(run_dir)
-                return
+    file = linux(options.machine, options.memory, words, bool(options.groups))
+    with running(file, BACKPLANE_TIMING="1") as machine:
+        if not options.groups:
+            machine.wait_for("GUEST-READY")
+            yield "boot to the shell", machine.rows()
+            return
+        for line in machine.lines:
             word, _, rest = line.partition(" ")
             name = rest.partition(" ")[0].strip()
             if word == "BEGIN":
-                ask(run_dir / CONTROL, "timing-on", NAME)
+                ask(machine.control, "timing-on", NAME)
             elif word == "BENCH" and name.startswith(options.program):
-                yield line.strip(), stats.gather(run_dir)
+                yield line.strip(), machine.rows()
             elif word == "BENCH-DONE":
                 return
-
-
-@contextlib.contextmanager
-def running(file: str) -> Iterator[tuple[Path, Iterator[str]]]:
-    """A machine with timing on: its run directory and the lines of its console."""
-    with tempfile.TemporaryDirectory(prefix="backplane-") as runtime:
-        env = {**os.environ, "BACKPLANE_RUNTIME_DIR": runtime, "BACKPLANE_TIMING": "1"}
-        up = [LAUNCHER, "up", "--detach", "--name", NAME, file]
-        if subprocess.run(up, env=env, stdout=sys.stderr).returncode:
-            sys.exit("the machine did not start")
-        try:
-            console = subprocess.Popen([LAUNCHER, "console", "uart0"], env=env, text=True, errors="replace",
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            with console:
-                assert console.stdout is not None
-                try:
-                    yield Path(runtime) / NAME, iter(console.stdout.readline, "")
-                finally:
-                    console.terminate()
-        finally:
-            subprocess.run([LAUNCHER, "down"], env=env, stdout=subprocess.DEVNULL, check=False)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
 """The code cache: lines by page, translations in host memory, and the way back from a host address.
 
-When it is full, all of it is dropped: nothing is evicted piecemeal.
-Left out: keeping translations on disk.
+When it is full, all of it is dropped: nothing is evicted piecemeal. Where there is a store (store.py), a
+line's translation is taken from there if it fits, and `keep` puts there what is new.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.emit import Templates
+from cpu_node.kept import MAX_CODE, Key, key_of, pack, take_over
 from cpu_node.line import Chunk, Line
+from cpu_node.store import Store
 from cpu_node.translate import Translation, translate
 
 SINGLE = at.CODE_FIRST  # 4 KiB for one instruction at a time (single.py)
 FIRST = at.CODE_FIRST + 0x1000
 _RESERVE = 1 << 20  # more than any chunk takes
+MOST_DEAD = 6  # translations of one page that are kept though its bytes have changed since
+MOST_KEPT = 48 << 20  # bytes of host code that one call of `keep` writes
 
 
 class CodeCache:
@@ -31,7 +36,9 @@ class CodeCache:
         self.limit = at.CODE_SIZE - _RESERVE
         self.instructions = 0
         self.translations = 0
+        self.taken_over = 0  # instructions that were found in the store
         self.flushes = 0
+        self.store: Store | None = None
         self._starts: list[int] = []
         self._chunks: list[Chunk] = []
 
@@ -57,6 +64,45 @@ class CodeCache:
         self.instructions += len(made.chunk.hosts)
         self.translations += 1
         return made
+
+    def take_over(self, line: Line) -> bool:
+        """Fill a new line from the store, if that has what fits."""
+        if self.store is None or self.full:
+            return False
+        kept = self.store.find(line)
+        if kept is None:
+            return False
+        position = self.position
+        chunk = take_over(kept, line, position)
+        self.code[position : chunk.end] = kept.code
+        self.position = chunk.end
+        self._starts.append(position)
+        self._chunks.append(chunk)
+        self.taken_over += len(chunk.hosts)
+        return True
+
+    def keep(self) -> None:
+        """Give the store what was translated since the last time, also of pages that have changed by now."""
+        if self.store is None or not self.store.usable:
+            return
+        chunks: dict[Line, list[Chunk]] = {}
+        for chunk in self._chunks:
+            chunks.setdefault(chunk.line, []).append(chunk)
+        dead: Counter[Key] = Counter()
+        records, left = [], MOST_KEPT
+        for line, parts in chunks.items():
+            if self.lines.get((line.va, line.pa_pages[0], line.mode)) is not line:
+                key = key_of(line)
+                dead[key] += 1
+                if dead[key] > MOST_DEAD:
+                    continue
+            size = sum(chunk.end - chunk.start for chunk in parts)
+            if len(parts) == line.stored or size > min(left, MAX_CODE):
+                continue
+            line.stored = len(parts)
+            left -= size
+            records.append(pack(line, parts, self.code))
+        self.store.add(records)
 
     def patch(self, behind: int, target: int) -> None:
         """Point the rel32 that ends at `behind` to `target`."""

@@ -202,6 +202,11 @@ class Contexts:
             line = self._line(va)
         offset = va & 0xFFF
         place = line.host.get(offset)
+        if place is None and line.kept is not None:
+            place = line.entries.get(offset)
+            if place is None:
+                line.unfold()
+                place = line.host.get(offset)
         if place is None:
             if va in table.crossing:
                 return self._crossing(va)
@@ -212,6 +217,7 @@ class Contexts:
             if place is None:
                 return self._crossing(va)
         if not table.entries[va]:
+            line.entries[offset] = place
             table.set(va, place)
         return place
 
@@ -221,6 +227,7 @@ class Contexts:
         for behind in made.returns:
             place = host.get(behind)
             if place is not None and not table.entries[line.va + behind]:
+                line.entries[behind] = place
                 table.set(line.va + behind, place)
         return host.get(offset)
 
@@ -246,6 +253,7 @@ class Contexts:
             if self.device_sites:
                 sites = self.device_sites.items()
                 line.devices = {o for (page, o), n in sites if page == pa_page and n >= DEVICE_AFTER}
+            self.cache.take_over(line)
             self._register(line)
         self.table.add(line)
         return line
@@ -272,13 +280,16 @@ class Contexts:
                 code = ram[start : (pages[0] + 1) << 12] + ram[pages[1] << 12 : (pages[1] << 12) + 15]
                 mixed = pages[0] in self.code.mixed or pages[1] in self.code.mixed
                 line = self.cache.lines[key] = single_line(va, pages, self.mode, code, mixed)
+                self.cache.take_over(line)
                 self._register(line)
             table.add(line)
+        line.unfold()
         place = line.host.get(0)
         if place is None:
             place = self._translate(line, 0)
             assert place is not None
         if not table.entries[va]:
+            line.entries[0] = place
             table.set(va, place)
         return place
 
@@ -320,6 +331,7 @@ class Contexts:
 
     def flush_cache(self) -> None:
         """Drop every translation."""
+        self.cache.keep()
         self.cache.flush()
         for table in (*self.kernel_tables.values(), *self.user_tables.values()):
             table.clear()

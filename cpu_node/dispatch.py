@@ -37,13 +37,19 @@ class Table:
             filled.append(va)
 
     def add(self, line: Line) -> None:
-        """Take a line in: its page is mapped there now."""
+        """Take a line in: its page is mapped there now. What is known to be jumped to gets its entry."""
         line.tables.add(self)
         if line.starts == 1:
             self.crossing[line.va] = line
             self.crossing_into.setdefault((line.va >> 12) + 1 & 0xFFFFF, set()).add(line.va)
-        else:
-            self.lines[line.va >> 12] = line
+            return
+        self.lines[line.va >> 12] = line
+        if line.entries:
+            entries, va, filled = self.entries, line.va, self.filled.setdefault(line.va >> 12, [])
+            for offset, place in line.entries.items():
+                if not entries[va + offset]:
+                    entries[va + offset] = at.CODE + place
+                    filled.append(va + offset)
 
     def drop_page(self, va_page: int) -> None:
         """The mapping of a page may have changed: forget its entries."""

@@ -39,8 +39,22 @@ class Line:
     host: dict[int, int] = field(default_factory=dict)  # offset -> offset in the code cache
     waiting: dict[int, list[int]] = field(default_factory=dict)  # offset -> ends of rel32 to patch
     tables: set[Table] = field(default_factory=set)
+    entries: dict[int, int] = field(default_factory=dict)  # those of host that tables lead to
+    kept: Chunk | None = None  # taken over from the store; not in `host` and `waiting` yet (unfold)
+    stored: int = 0  # how many of its chunks the store has
     devices: set[int] = field(default_factory=set)  # offsets whose operands are devices: simulated at once
     simulated: dict[int, Simulated] = field(default_factory=dict)  # by offset
+
+    def unfold(self) -> None:
+        """Enter what was taken over from the store into `host` and `waiting`."""
+        chunk, self.kept = self.kept, None
+        if chunk is None:
+            return
+        start = chunk.start
+        self.host.update(zip(chunk.offsets, [start + host for host in chunk.hosts], strict=True))
+        jumps = iter(chunk.jumps)
+        for behind, target in zip(jumps, jumps, strict=True):
+            self.waiting.setdefault(target, []).append(start + behind)
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +66,7 @@ class Chunk:
     end: int
     hosts: array[int]  # host offset of each instruction, from start
     offsets: array[int]  # its guest offset in the line
+    jumps: array[int]  # those to other chunks, known or to come: end of the rel32, from start; target offset
 
 
 def page_line(va_page: int, pa_page: int, mode: int, code: bytes, verify: bool) -> Line:

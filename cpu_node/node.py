@@ -50,11 +50,14 @@ from cpu_node.cpuid import CpuModel, host_flags
 from cpu_node.engine import Engine
 from cpu_node.errors import TripleFault
 from cpu_node.lapic import LocalApic
+from cpu_node.store import Store, version
 from memory_node.client import attach
 
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
 TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment, not empty: measure from the start on
 CLOSE_S = 2.0
+KEEP_AFTER = 20_000  # instructions translated before an idle CPU writes translations to the disk
+KEEP_EVERY_NS = 10_000_000_000
 REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
 REPORTED_STATE = frozenset(("triple-fault",))
 
@@ -79,6 +82,7 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     controllers: Controllers
     start: dict[str, int]
     user_mode: str = "translated"
+    translations: str = ""  # the folder they are kept in; empty: none
     launcher: str = "launcher"
     log_level: str = "warning"
 
@@ -131,6 +135,10 @@ class Node:
         if config.apic:
             apic = LocalApic(model.apic_id, model.crystal_hz, config.tsc_hz, time.monotonic_ns)
         self.engine = Engine(ram_fd, mmap.mmap(ram_fd, size), self, model, apic)
+        self._cache = self.engine.contexts.cache
+        if config.translations:
+            self._cache.store = Store(Path(config.translations), version(host), time.time)
+        self._kept_ns, self._kept_instructions = time.monotonic_ns(), 0
         self._cpu_thread = threading.get_ident()
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
         self._endpoint_stats: dict[str, Any] = {}
@@ -161,11 +169,22 @@ class Node:
         self.close()
 
     def close(self) -> None:
-        """Let everything said so far leave this process."""
+        """Let everything said so far leave this process; keep what was translated."""
         self._io.close()
         self._closing = True
         os.eventfd_write(self._to_bus, 1)
         self._bus_thread.join(CLOSE_S)
+        self._keep()
+        if self._cache.store is not None:
+            self._cache.store.close()
+
+    def _keep(self) -> None:
+        self._kept_ns, self._kept_instructions = time.monotonic_ns(), self._cache.instructions
+        try:
+            self._cache.keep()
+        except Exception:  # nothing of it may cost the machine
+            log.exception("translations are not kept")
+            self._cache.store = None
 
     def fail(self, error: Exception) -> None:
         """Say where the guest was when the CPU node broke."""
@@ -173,6 +192,7 @@ class Node:
         with contextlib.suppress(Exception):
             text += f" at {self.engine.where()}"
         log.critical("%s\n%s", text, traceback.format_exc())
+        self._cache.store = None  # what led here is not for the next start
         self._send(Event("cpu-error", text))
         self.close()
 
@@ -230,6 +250,9 @@ class Node:
     def idle(self, deadline_ns: int | None) -> None:
         self._io.flush()
         self._flush_ns = None
+        if (self._cache.instructions - self._kept_instructions > KEEP_AFTER
+                and time.monotonic_ns() - self._kept_ns > KEEP_EVERY_NS):
+            self._keep()
         self._idle = True
         try:
             if self._inbox:
@@ -325,6 +348,7 @@ class Node:
         cache = engine.contexts.cache
         io["exits"] = {at.EXIT_NAMES[reason]: n for reason, n in engine.exits.items()}
         io["instructions_translated"] = cache.instructions
+        io["instructions_taken_over"] = cache.taken_over
         io["code_cache_bytes"] = cache.position
         io["cache_flushes"] = cache.flushes
         io["pages_filled"] = engine.contexts.fills

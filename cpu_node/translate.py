@@ -193,8 +193,12 @@ def translate(line: Line, start: int, templates: Templates, position: int,
 
     patches: list[tuple[int, int]] = []
     stubs: dict[int, int] = {}
+    jumps = array("I")
     for index, behind, target in fixups:
         place = host.get(target) if 0 <= target < chain else None
+        if 0 <= target < chain and (place is None or place < position):
+            jumps.append(behind - position)
+            jumps.append(target)
         if place is None:
             place = stubs.get(target)
             if place is None:
@@ -212,5 +216,5 @@ def translate(line: Line, start: int, templates: Templates, position: int,
                 patches.append((behind, host[offset]))
     data = b"".join(out)
     assert position + len(data) == at
-    chunk = Chunk(line, position, at, array("I", hosts), array("H", offsets))
+    chunk = Chunk(line, position, at, array("I", hosts), array("H", offsets), jumps)
     return Translation(data, chunk, patches, returns)

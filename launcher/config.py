@@ -9,6 +9,7 @@ Left out: includes, variables, several CPUs.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class CpuTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     apic: bool = True  # a local APIC in CPUID and in the tables the guest gets
     user_mode: Literal["translated"] = "translated"
     host_cpu: int | Literal["auto", "any"] = "auto"  # see docs/decisions on CPU affinity
+    translations: str = "keep"  # "keep", "off", or the folder to keep them in
 
 
 class LinuxBoot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag_field="kind", tag="linux"):
@@ -90,8 +92,29 @@ class MachineConfig:
     def memory_bytes(self) -> int:
         return int(self.machine.memory)
 
+    @property
+    def translations_folder(self) -> Path | None:
+        """Where translations are kept from one start to the next; None: nowhere."""
+        match self.cpu.translations:
+            case "off":
+                return None
+            case "keep":
+                cache = os.environ.get("XDG_CACHE_HOME", "")  # one that isn't absolute is to be ignored
+                base = Path(cache) if cache.startswith("/") else _home() / ".cache"
+                return base / "backplane" / "translations"
+            case folder:
+                return (self.file.absolute().parent / Path(folder).expanduser()).resolve()
+
     def error(self, key: str, problem: str, remedy: str) -> ConfigError:
         return ConfigError(self.file, key, problem, remedy)
+
+
+def _home() -> Path:
+    """The user's home; "/" for a user without one, whose translations are then not kept."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def read_config(file: Path, name: str | None = None) -> MachineConfig:
@@ -129,6 +152,7 @@ def _validated(file: Path, plain: dict[str, Any]) -> MachineConfig:
     config = MachineConfig(file, parsed.machine, parsed.cpu, parsed.boot, parsed.memory, devices)
     _check_names(config)
     _check_memory_size(config)
+    _check_translations(config)
     return config
 
 
@@ -172,6 +196,13 @@ def _check_memory_size(config: MachineConfig) -> None:
         raise config.error("machine.memory", f"{size} bytes is less than 16 MiB", 'write at least "16M"')
     if size > MAX_MEMORY:
         raise config.error("machine.memory", f"{size} bytes is more than 3 GiB", 'write at most "3G"')
+
+
+def _check_translations(config: MachineConfig) -> None:
+    wanted = config.cpu.translations
+    if wanted not in ("keep", "off") and "/" not in wanted:
+        remedy = 'write "keep", "off", or a folder with a "/" in it'
+        raise config.error("cpu.translations", f"{wanted!r} is not allowed here", remedy)
 
 
 # ---- msgspec's message into ours -------------------------------------------------------------

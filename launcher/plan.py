@@ -124,6 +124,7 @@ def _cpu_config(plan: MachinePlan, tsc_hz: int) -> dict[str, Any]:
         "tsc_hz": tsc_hz,
         "apic": plan.config.cpu.apic,
         "user_mode": plan.config.cpu.user_mode,
+        "translations": str(plan.config.translations_folder or ""),
         "controllers": plan.controllers,
         "start": plan.boot.start,
     }

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
+
+# Machines keep their translations there; what the user has is neither used nor filled by tests.
+if "BACKPLANE_TESTS" not in os.environ:  # not once more in pytest-xdist's workers
+    os.environ["BACKPLANE_TESTS"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="backplane-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -406,3 +406,29 @@ def test_reports(machine: Machine, name: str) -> None:
     with contextlib.suppress(AssertionError):
         machine.turn(0.05)
     assert sum(e.kind == kind for e in machine.events) == 1
+
+
+def test_translations_are_kept_for_the_next_node(tmp_path: Path) -> None:
+    """The second start of the same guest takes over all that the first translated."""
+    folder = tmp_path / "kept"
+    counts = []
+    for number in range(2):
+        run_dir = tmp_path / f"run{number}"
+        run_dir.mkdir()
+        machine = Machine(run_dir, False)
+        machine.config["translations"] = str(folder)
+        try:
+            machine.start(f"mov ecx, 50\nagain: inc eax\nloop again\nmov dword ptr [0x200000], 1\n{FOREVER}")
+            machine.until(lambda m=machine: m.dword(0x200000) == 1, "end of the program")
+            stats = machine.ask(Stats())
+            assert isinstance(stats, StatsReply)
+            counters = stats.counters
+            counts.append((counters["instructions_translated"], counters["instructions_taken_over"]))
+            machine.ends["launcher"].send("cpu0", Shutdown())
+            machine.cpu.join(DEADLINE_S)
+            assert machine.cpu.exitcode == 0
+        finally:
+            machine.close()
+    (first, nothing), second = counts
+    assert nothing == 0
+    assert second == (0, first)

@@ -114,6 +114,14 @@ CASES = {
         machine_text(rest="[cpu]\nhost_cpu = 4096\n"),
         "this host has no core 4096",
     ),
+    "translations in a folder without a slash": (
+        machine_text(rest='[cpu]\ntranslations = "kepe"\n'),
+        """cpu.translations: 'kepe' is not allowed here; write "keep", "off", or a folder""",
+    ),
+    "translations of a wrong type": (
+        machine_text(rest="[cpu]\ntranslations = true\n"),
+        "cpu.translations: is of type bool; write a value of type str",
+    ),
     "memory file in no folder": (
         machine_text(rest='[memory]\nfile = "nowhere/ram.img"\n'),
         "memory.file: ",

@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint boots bench bench-boot bench-scaling soak profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance boots bench bench-boot bench-scaling soak profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -18,6 +18,7 @@ help:
 	@echo "make guest       fetch and build the guest alone, into build/guest"
 	@echo "make boots       20 boots in a row, with 64 MiB to 1 GiB, with APICs and without"
 	@echo "make lint        ruff and mypy"
+	@echo "make conformance 5 million random instructions against the host CPU (CASES=, SEED=, OUT=)"
 	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make bench-scaling  boot time and memory for guests of 64 MiB, 512 MiB and 2 GiB"
@@ -55,6 +56,11 @@ lint: setup
 test: lint
 	@$(PY) -m launcher.guest --bench || true
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# A run of another size than the default one leaves the committed table alone.
+conformance: OUT ?= $(if $(CASES),build,docs)/conformance.md
+conformance: setup
+	@$(PY) -m tests.insn.conform $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED)) --out $(OUT)
 
 boots: guest
 	@BOOTS=20 $(PY) -m pytest -s tests/machine/test_boots.py -k in_a_row

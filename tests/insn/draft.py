@@ -10,11 +10,17 @@ Left out: addresses below 64 KiB (a host maps none there for an ordinary user) e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
-from tests.insn.segments import DS, FLAT, SS, base_of
+from cpu_node.table import Row
+from tests.insn.segments import DS, FLAT, SS, base_of, inside
 from tests.insn.state import EBP, ESP, PAGE_SIZE, Page
 from tests.insn.values import chance, integer
+
+Choice = Callable[[Random], int]
+Pokes = list[tuple[int, bytes]]  # (va, bytes)
+Contents = Callable[[Random], Pokes]
 
 # Where the pages are.  Around each run of pages nothing is mapped.
 CODE, DATA, STACK, HIGH = 0x20000000, 0x30000000, 0x7F000000, 0xE0001000
@@ -22,9 +28,12 @@ RW_PAGES, READ_ONLY_PAGES = (DATA, DATA + 0x1000, STACK, STACK + 0x1000, HIGH), 
 ABSENT = (DATA + 0x3000, DATA - 0x1000, STACK - 0x1000, HIGH + 0x1000)
 STACK_END = STACK + 0x2000
 MASK = 0xFFFFFFFF
+TOP = 0xFFFFF000  # the last page: exists in the cases that ask for it
 HLTS_BEHIND = 32  # after code in a data page
 BYTE_REGISTERS = 4  # AL CL DL BL, then AH CH DH BH
 NO_BASE, SIB_FOLLOWS = 5, 4
+BX, BP, SI, DI = 3, 5, 6, 7
+FORMS16 = ((BX, SI), (BX, DI), (BP, SI), (BP, DI), (None, SI), (None, DI), (BP, None), (BX, None))
 
 
 class Draft:
@@ -32,6 +41,12 @@ class Draft:
         self.rng = rng
         self.initial: list[int | None] = [None] * 8
         self.known: list[int | None] = [None] * 8
+        self.choices: dict[int, Choice] = {}  # registers whose initial value nothing depends on
+        self.contents: list[Contents] = []  # operands whose initial contents nothing depends on
+        self.varied: dict[int, int] = {}  # registers that a Contents has just chosen, too
+        self.fixed: list[tuple[int, int]] = []  # (va, length) of contents that all variations keep
+        self.rows: list[Row] = []  # of the finished case
+        self.addr16 = False  # prefer 16-bit addresses: the segments are made for them
         self.eip = eip  # linear
         self.selectors = list(FLAT)  # at this point of the code
         self.first_selectors: tuple[int, ...] = FLAT
@@ -63,16 +78,28 @@ class Draft:
         return self.initial[reg] is None
 
     def settle(self, reg: int, value: int | None = None) -> int | None:
-        """Give a free register its initial value (else an interesting one); its value now, if known."""
+        """Give a free register its initial value (else an interesting one); its value now, if known.
+
+        All variations of the case start with that value: something depends on it.
+        """
+        self.choices.pop(reg, None)
         if self.initial[reg] is None:
             if value is None:
                 value = self.stack_pointer() if reg == ESP else integer(self.rng)
             self.initial[reg] = self.known[reg] = value & MASK
         return self.known[reg]
 
+    def choose(self, reg: int, choice: Choice = integer) -> None:
+        """Give a free register an initial value that nothing depends on: each variation chooses again."""
+        if reg == ESP:
+            self.settle(ESP)
+        elif self.initial[reg] is None:
+            self.initial[reg] = self.known[reg] = choice(self.rng) & MASK
+            self.choices[reg] = choice
+
     def spoil(self, reg: int) -> None:
         """The register is about to change to a value that nobody here computes."""
-        self.settle(reg)
+        self.choose(reg)
         self.known[reg] = None
 
     def move(self, reg: int, by: int) -> None:
@@ -114,9 +141,6 @@ class Draft:
 
     # Memory
 
-    def page_of(self, va: int) -> tuple[bytes | bytearray, bool] | None:
-        return self._pages.get(va & -PAGE_SIZE & MASK)
-
     def poke(self, va: int, data: bytes) -> None:
         """Put initial contents where pages exist."""
         for i, byte in enumerate(data):
@@ -130,6 +154,29 @@ class Draft:
                 page = bytearray(page)
                 self._pages[base] = (page, writable)
             page[at % PAGE_SIZE] = byte
+
+    def keep(self, va: int, data: bytes) -> None:
+        """Put contents in place that an instruction depends on."""
+        self.poke(va, data)
+        self.fixed.append((va, len(data)))
+
+    def is_kept(self, va: int, length: int) -> bool:
+        return any(va < start + n and start < va + length for start, n in self.fixed)
+
+    def vary(self, rng: Random) -> tuple[tuple[int, ...], Pokes]:
+        """(initial registers, pokes) of a variation of the finished case."""
+        pokes = []
+        self.varied.clear()
+        for contents in self.contents:
+            for va, data in contents(rng):
+                if data and not self.is_kept(va, len(data)):
+                    pokes.append((va, data))
+        regs = [value or 0 for value in self.initial]
+        for reg, choice in self.choices.items():
+            regs[reg] = choice(rng) & MASK
+        for reg, value in self.varied.items():
+            regs[reg] = value & MASK
+        return tuple(regs), pokes
 
     def peek(self, va: int, length: int) -> bytes | None:
         """Initial contents, None where a page is absent."""
@@ -160,8 +207,11 @@ class Draft:
             va = rng.choice((DATA + 0x3000, HIGH + 0x1000, STACK_END)) - rng.randint(0, max(width - 1, 1))
         elif kind < 97:
             va = rng.choice((DATA, HIGH)) - rng.randint(1, max(width, 1))
-        elif kind < 99:
+        elif kind < 98:
             va = rng.choice(ABSENT) + rng.randrange(PAGE_SIZE)
+        elif kind < 99:
+            self._pages.setdefault(TOP, (rng.choice(self._pool), True))
+            va = TOP + rng.choice((PAGE_SIZE - width, rng.randrange(PAGE_SIZE - width + 1), PAGE_SIZE - 1))
         else:
             va = self.eip & -PAGE_SIZE | rng.randrange(0x800)
         if aligned > 1 and chance(rng, 85):
@@ -175,7 +225,7 @@ class Draft:
     ) -> bytes:
         """ModRM, SIB, displacement of an operand at `target`; as base, ESP has moved by esp_offset."""
         rng = self.rng
-        for _ in range(4):
+        for _ in range(4 if rng.randrange(25) else 0):
             form = self._form(reg_field, target, esp_offset, override)
             if form is not None:
                 return form
@@ -186,6 +236,33 @@ class Draft:
                 4, "little"
             )
         return bytes((reg_field << 3 | NO_BASE,)) + target.to_bytes(4, "little")
+
+    def form16(self, width: int, override: int | None) -> tuple[int, int, bytes, int]:
+        """(mod, rm, displacement, va) of a 16-bit form, mostly inside a small segment [table 2-1]."""
+        rng = self.rng
+        mod, rm = rng.getrandbits(2) % 3, rng.randrange(8)
+        base, index = FORMS16[rm] if (mod, rm) != (0, 6) else (None, None)
+        if any(r is not None and not self.is_free(r) and self.known[r] is None for r in (base, index)):
+            mod, rm, base, index = 0, 6, None, None
+        segment = override if override is not None else SS if base == BP else DS
+        wanted = inside(self.selectors[segment], rng, width)
+        offset = rng.getrandbits(16) if wanted is None else wanted & 0xFFFF
+        if wanted is None and self.addr16:
+            offset &= 0x1FFF
+        size = 2 if mod == 2 or (base, index) == (None, None) else mod
+        disp = rng.getrandbits(16) if size == 2 else rng.randint(-128, 127) if size else 0
+        total = disp
+        if index is not None:
+            self.settle(index, rng.getrandbits(32))
+            total += self._value(index)
+        if base is not None and self.is_free(base):
+            self.settle(base, rng.getrandbits(16) << 16 | offset - total & 0xFFFF)
+        total += self._value(base) if base is not None else 0
+        if size == 2:
+            disp += offset - total
+            total = offset
+        va = self.base(segment) + total % 0x10000 & MASK
+        return mod, rm, (disp & 0xFFFF).to_bytes(2, "little")[:size], va
 
     def _form(self, reg_field: int, va: int, esp_offset: int, override: int | None) -> bytes | None:
         rng = self.rng
@@ -274,7 +351,7 @@ class Draft:
             distance = self._address(number, reach) - (self.eip + offset + size)
             self.code[offset : offset + size] = (distance & MASK).to_bytes(4, "little")[:size]
         for va, number, base in self.absolute:
-            self.poke(va, (self._address(number, reach) - base & MASK).to_bytes(4, "little"))
+            self.keep(va, (self._address(number, reach) - base & MASK).to_bytes(4, "little"))
         for offset, number, base in self.far:
             self.code[offset : offset + 4] = (self._address(number, reach) - base & MASK).to_bytes(
                 4, "little"
@@ -294,5 +371,5 @@ class Draft:
                 self._pages[CODE + PAGE_SIZE] = (hlt_filled, self.code_writable)
         else:
             code += hlt_filled[:HLTS_BEHIND]
-        self.poke(self.eip, code)
+        self.keep(self.eip, code)
         return tuple(Page(va, bytes(data), writable) for va, (data, writable) in sorted(self._pages.items()))

@@ -1,6 +1,11 @@
-"""Which rows the host CPU cannot judge, and why.  Everything else in the table is tested."""
+"""What the host CPU cannot judge, and why: rows that are not tried, and outcomes that are not compared.
+
+Everything else in the table is tried, and every other difference is a failure.
+"""
 
 from __future__ import annotations
+
+from enum import StrEnum
 
 from cpu_node.table import ROWS, Row
 
@@ -35,3 +40,18 @@ def same_at_cpl0(row: Row) -> bool:
 
 
 TESTED_ROWS = tuple(row for row in ROWS if why_excluded(row) is None)
+
+
+class Reason(StrEnum):
+    """Why a case that was tried has no verdict.  `judge.excluded` decides, by both outcomes."""
+
+    NO_END = "on the host it runs on for ever"
+    SYSTEM_CALL = "on the host it reaches a system call"
+    ENDED_PROCESS = "on the host it leaves 32-bit mode"
+    ALIGNED_16 = "whether operands of 16 bytes are checked for alignment is up to the processor"
+    CMPS_ORDER = "which operand of CMPS faults first is up to the processor"
+    OUTER_STACK = "a far return looks for the outer stack before it refuses a selector"
+    OPERAND_ORDER = "which of two faults of an operand comes first is up to the processor"
+    IN_DATA = "it jumps into data, which may be anything"
+    WRAPS = "an operand runs past 4 GiB: a fault or not is up to the processor"
+    OWN_STRING = "a string instruction overwrites itself"

@@ -1,9 +1,11 @@
 """Seeded random cases from the instruction table: `Generator(seed).case(index)` is always the same case.
 
-Of every eight cases five are one instruction (the rows in turn), two are sequences with branches in them,
-and one is something special: code that modifies itself, or bytes that are no instruction.
+Cases come in families of VARIATIONS, which have their code in common: registers, flags, FPU state and the
+contents of operands are each time others.  Of every eight families five are one instruction (the rows in
+turn), two are sequences with branches in them, and one is something special: code that modifies itself, or
+bytes that are no instruction.
 
-Left out: 16-bit code, segments with a base, what `exclusions` names.
+Left out: 16-bit code (16-bit addresses and operands are here), what `exclusions` names.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from cpu_node.decode import Undefined, decode
 from cpu_node.table import ROWS, Row
 from tests.insn.draft import CODE, DATA, HIGH, MASK, Draft
 from tests.insn.exclusions import TESTED_ROWS, same_at_cpl0
+from tests.insn.groups import ILLEGAL, SELF_MODIFYING, SEQUENCE, group_of
 from tests.insn.instance import Instance
 from tests.insn.prepare import prepare
 from tests.insn.segments import (
@@ -28,10 +31,26 @@ from tests.insn.segments import (
     STACK_SELECTOR,
     WRITABLE_SELECTORS,
     base_of,
+    ldt_selector,
 )  # fmt: skip
-from tests.insn.state import AC, DF, EAX, ECX, EDI, HLT, PAGE_SIZE, STATUS_FLAGS, Blind, Case, fx_image
-from tests.insn.values import chance, fpu_state, integer, page_pool
+from tests.insn.state import (
+    AC,
+    DF,
+    EAX,
+    ECX,
+    EDI,
+    HLT,
+    PAGE_SIZE,
+    STATUS_FLAGS,
+    Blind,
+    Case,
+    Family,
+    Variation,
+    fx_image,
+)
+from tests.insn.values import FpuPool, chance, fpu_state, integer, page_pool
 
+VARIATIONS = 8  # cases of a family
 MAX_INSTRUCTIONS = 6
 REACH = 16  # bytes of HLT after the code that branches may aim at
 ONE_ACCESS = frozenset((0, 1, 2, 4, 6, 8, 10, 16))  # widths of operands that fault at one address
@@ -56,10 +75,13 @@ TOO_LONG = (
     "f3" * 15 + "a4",
     "67" * 14 + "b001",
 )
+STRING_ROWS = tuple(row for row in TESTED_ROWS if row.action == "string")
 PLAIN = tuple(row for row in TESTED_ROWS if row.action == "copy" and row.group == "int")
 SEQUENCE_ROWS = tuple(
     row for row in TESTED_ROWS if row.group in ("int", "string") or (row.group == "system" and row.undefined)
 )
+# data segments of the LDT whose pages lie at small offsets
+SMALL_SELECTORS = tuple(ldt_selector(n) for n in (0, 0, 1, 2))
 ADD_AL = next(row for row in ROWS if row.key == "04")
 
 
@@ -72,6 +94,8 @@ def write(row: Row, draft: Draft) -> Instance:
     if any(operand[0] == "O" for operand in row.operands):  # MOV AL,moffs and so on
         instance.va = draft.target(1 if "AL" in row.operands else instance.operand_size)
         segment = DS if instance.override is None else instance.override
+        if instance.addr16:
+            instance.va = draft.base(segment) + draft.rng.randrange(0x2000) & MASK
         offset = draft.offset(segment, instance.va).to_bytes(4, "little")[: 2 if instance.addr16 else 4]
     # ModRM first: it settles registers that contents depend on
     tail = instance.modrm() + offset + instance.immediates
@@ -83,7 +107,7 @@ def write(row: Row, draft: Draft) -> Instance:
         if row.mnemonic == "fxsave":
             draft.blind_memory.append((instance.va + FXSAVE_RESERVED[0], FXSAVE_RESERVED[1]))
     for va, data in instance.late:
-        draft.poke(va, data)
+        draft.keep(va, data)
     draft.fault_page_only |= instance.memory and instance.width not in ONE_ACCESS
     draft.emit(code)
     for reg in instance.touched:
@@ -93,8 +117,12 @@ def write(row: Row, draft: Draft) -> Instance:
     return instance
 
 
-def _selectors(rng: Random, code_va: int) -> tuple[int, ...]:
-    """Mostly flat; FS and GS with a base; now and then anything."""
+def _selectors(rng: Random, code_va: int, addr16: bool) -> tuple[int, ...]:
+    """Mostly flat; FS and GS with a base; now and then anything.  For 16-bit addresses, segments that have
+    their pages at offsets below 64 KiB."""
+    if addr16:
+        es, ds, fs, gs = (rng.choice(SMALL_SELECTORS) for _ in range(4))
+        return (es, FLAT[CS], rng.choice((STACK_SELECTOR, FLAT[SS])), ds, fs, gs)
     kind = rng.randrange(100)
     if kind < 75:
         return FLAT
@@ -112,26 +140,46 @@ class Generator:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._pool = page_pool(seed)
+        self._fpu = FpuPool(seed)
+        self._last: tuple[int, list[Case]] = (-1, [])
         order = Random(seed)
-        self._order = list(range(len(TESTED_ROWS)))
+        self._order = [*TESTED_ROWS, *STRING_ROWS * 3]
         order.shuffle(self._order)
 
     def case(self, index: int) -> Case:
-        rng = Random(self.seed << 40 | index)
-        draft = self._draft(rng)
-        kind = index % 8
-        if kind < 5:
-            number = index // 8 * 5 + kind
-            return self._one(draft, TESTED_ROWS[self._order[number % len(self._order)]])
-        if kind < 7:
+        number = index // VARIATIONS
+        if self._last[0] != number:
+            self._last = number, self.family(number).cases()
+        return self._last[1][index % VARIATIONS]
+
+    def family(self, number: int) -> Family:
+        """The cases number * VARIATIONS and on."""
+        rng = Random(self.seed << 40 | number)
+        kind = number % 8
+        row = self._order[(number // 8 * 5 + kind) % len(self._order)] if kind < 5 else None
+        draft = self._draft(rng, is_string=row in STRING_ROWS)
+        case = self._one(draft, row) if row is not None else self._several(draft, special=kind == 7)
+        uses_fpu = any(row.group in ("x87", "mmx", "sse") for row in draft.rows)
+        mmx = any(row.group == "mmx" for row in draft.rows)
+        variations = []
+        for _ in range(VARIATIONS - 1):
+            regs, pokes = draft.vary(rng)
+            eflags = case.eflags & ~STATUS_FLAGS | rng.getrandbits(12) & STATUS_FLAGS
+            fx = self._fpu.image(rng, mmx) if uses_fpu else case.fx
+            variations.append(Variation(regs, eflags, fx, tuple(pokes)))
+        return Family(case, tuple(variations))
+
+    def _several(self, draft: Draft, special: bool) -> Case:
+        if not special:
             return self._sequence(draft)
-        if rng.getrandbits(1):
-            return self._self_modifying(draft)
+        draft.addr16 = False
         draft.use_segments(FLAT)
-        draft.eip = CODE + rng.randrange(0x800)  # in one page: how far is an undefined instruction fetched?
+        if draft.rng.getrandbits(1):
+            return self._self_modifying(draft)
+        draft.eip = CODE + draft.rng.randrange(0x800)  # in one page: how far is an undefined one fetched?
         return self._illegal(draft)
 
-    def _draft(self, rng: Random) -> Draft:
+    def _draft(self, rng: Random, is_string: bool) -> Draft:
         place = rng.randrange(100)
         if place < 80:
             eip = CODE + rng.randrange(0x800)
@@ -140,8 +188,10 @@ class Generator:
         else:
             eip = rng.choice((DATA, DATA + 0x1000, HIGH)) + rng.randrange(0xE00)
         draft = Draft(rng, self._pool, chance(rng, 15), eip)
-        draft.use_segments(_selectors(rng, eip))
-        draft.eflags = rng.getrandbits(12) & (STATUS_FLAGS | DF if chance(rng, 40) else STATUS_FLAGS)
+        draft.addr16 = chance(rng, 20 if is_string else 5)
+        draft.use_segments(_selectors(rng, eip, draft.addr16))
+        direction = DF if is_string or chance(rng, 40) else 0
+        draft.eflags = rng.getrandbits(12) & (STATUS_FLAGS | direction)
         draft.eflags |= AC if chance(rng, 3) else 0
         return draft
 
@@ -155,7 +205,8 @@ class Generator:
         else:
             fx = DEFAULT_FX if chance(rng, 80) else fpu_state(rng, mmx=False)
         for reg in range(8):
-            draft.settle(reg)
+            draft.choose(reg)
+        draft.rows = rows
         draft.finish(REACH)
         pages = draft.pages(HLT_PAGE, second_code_page=crosses and chance(rng, 80))
         return Case(
@@ -186,7 +237,7 @@ class Generator:
 
     def _one(self, draft: Draft, row: Row) -> Case:
         instance = write(row, draft)
-        return self._finish(draft, [row], row.group, instance.undefined)
+        return self._finish(draft, [row], group_of(row), instance.undefined)
 
     def _sequence(self, draft: Draft) -> Case:
         rng = draft.rng
@@ -203,13 +254,12 @@ class Generator:
             if instance.undefined and row.action != "copy":  # the next instruction might depend on them
                 write(ADD_AL, draft)
                 rows.append(ADD_AL)
-        return self._finish(draft, rows, "sequence", undefined)
+        return self._finish(draft, rows, SEQUENCE, undefined)
 
     def _self_modifying(self, draft: Draft) -> Case:
         """A store to an instruction ahead, or to one that has already run and runs again."""
         rng = draft.rng
         draft.code_writable = chance(rng, 95)
-        draft.use_segments(FLAT)
         rows: list[Row] = []
         undefined = 0
         shape = rng.randrange(3)
@@ -240,7 +290,7 @@ class Generator:
             draft.settle(EDI, draft.here + 2 + rng.randrange(4))
             draft.emit(b"\xf3\xaa")
             draft.emit(bytes((0x42,)) * rng.randint(2, 14))
-        return self._finish(draft, rows, "self-modifying", undefined)
+        return self._finish(draft, rows, SELF_MODIFYING, undefined)
 
     def _illegal(self, draft: Draft) -> Case:
         rng = draft.rng
@@ -251,7 +301,7 @@ class Generator:
             draft.emit(bytes.fromhex(rng.choice(TOO_LONG)))
         else:
             draft.emit(_register_form(rng) or bytes.fromhex(NO_INSTRUCTION[0]))
-        return self._finish(draft, [], "illegal", 0)
+        return self._finish(draft, [], ILLEGAL, 0)
 
 
 def _store(rng: Random, victim: int, width: int) -> bytes:

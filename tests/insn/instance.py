@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from random import Random
 
 from cpu_node.table import Row
 from tests.insn.draft import BYTE_REGISTERS, MASK, Draft
@@ -55,12 +56,13 @@ class Instance:
         self.undefined = row.undefined
         self.rep = 0
         self.size16 = row.prefix != PREFIX_66 and chance(self.rng, self._percent_66())
-        self.addr16 = chance(self.rng, 2.5) and row.mnemonic not in MASKED_MOVES
+        self.addr16 = chance(self.rng, 75 if draft.addr16 else 2.5) and row.mnemonic not in MASKED_MOVES
         self.memory = row.mod == "m" or (row.mod != "r" and row.rm is None and self._may_be_memory())
         self.reg_field = self.rng.randrange(8) if row.ext is None else row.ext
         self.rm_field = self.rng.randrange(8) if row.rm is None else row.rm
         self.immediates = b""
         self.va: int | None = None
+        self.form16: tuple[int, int, bytes] | None = None  # mod, rm, displacement
         self.override = self._choose_override()
         self.esp_offset = 0
         self.touched: list[int] = []  # registers that may change
@@ -105,7 +107,10 @@ class Instance:
 
     def choose_address(self) -> None:
         """Settles where the memory operand is, before the registers of its form are."""
-        if self.memory and not self.addr16 and self.va is None:
+        if self.memory and self.addr16 and self.form16 is None:
+            mod, rm, disp, self.va = self.draft.form16(max(self.width, 1), self.override)
+            self.form16 = mod, rm, disp
+        elif self.memory and not self.addr16 and self.va is None:
             aligned = (
                 16
                 if self.width >= 16 and (self.row.group == "sse" or self.row.mnemonic in FULL_ALIGNMENT)
@@ -126,9 +131,8 @@ class Instance:
         if not self.addr16:
             assert self.va is not None
             return self.draft.modrm_memory(self.reg_field, self.va, self.esp_offset, self.override)
-        mod, rm = self.rng.getrandbits(2) % 3, self.rng.randrange(8)
-        size = 2 if mod == 2 or (mod == 0 and rm == 6) else mod
-        return bytes((mod << 6 | self.reg_field << 3 | rm,)) + self.rng.randbytes(size)
+        mod, rm, disp = self.form16 or (0, 6, self.rng.randbytes(2))
+        return bytes((mod << 6 | self.reg_field << 3 | rm,)) + disp
 
     def take_registers(self) -> None:
         """Gives the general registers among the operands values; they may change unless only read."""
@@ -147,14 +151,14 @@ class Instance:
             elif operand in ("AL", "eAX", "AX"):
                 self._take(EAX)
             elif operand == "CL":
-                self.draft.settle(ECX)
+                self.draft.choose(ECX)
             elif operand == "DX":
-                self.draft.settle(EDX)
+                self.draft.choose(EDX)
         if "eAX" in self.row.operands and self.row.action == "copy" and self.row.mnemonic == "xchg":
             self._take(self.row.opcode & 7)
 
     def _take(self, reg: int) -> None:
-        self.draft.settle(reg)
+        self.draft.choose(reg)
         self.touched.append(reg)
 
     def take_immediates(self) -> None:
@@ -171,30 +175,35 @@ class Instance:
         self.immediates = out or self.immediates
 
     def fill_memory(self) -> None:
-        """Operand contents that fit the operation."""
-        row, rng, va = self.row, self.rng, self.va
-        if va is None or row.access not in "rm" or chance(rng, 20):
+        """Operand contents that fit the operation; variations of the case get others."""
+        va = self.va
+        if va is None or self.row.access not in "rm" or self.row.access == "-":
             return
-        width = self.width
-        if row.group == "x87" and row.operands and row.mnemonic[1] != "i":
-            make: dict[int, Callable[[], bytes]] = {4: lambda: single(rng), 8: lambda: double(rng)}
-            data = make.get(width, lambda: extended(rng))() if width in (4, 8, 10) else b""
-            if row.mnemonic == "fbld":
-                data = bytes(rng.randrange(10) | rng.randrange(10) << 4 for _ in range(9)) + rng.choice(
-                    (b"\0", b"\x80")
-                )
-        elif row.group == "sse":
-            data = (
-                vector(rng)[:width]
-                if width < 8 or rng.getrandbits(1)
-                else (double(rng) + vector(rng)[:8])[:width]
-            )
-        else:
-            data = integer(rng, 8 * width).to_bytes(width, "little") if 0 < width <= 8 else b""
+        if not chance(self.rng, 20):
+            self.draft.poke(va, self._contents())
+
+        def again(rng: Random) -> list[tuple[int, bytes]]:
+            self.rng = rng
+            return [(va, self._contents())]
+
+        self.draft.contents.append(again)
+
+    def _contents(self) -> bytes:
+        row, rng, width = self.row, self.rng, self.width
         special = SPECIAL_CONTENTS.get(row.mnemonic)
         if special is not None:
-            data = special(self)
-        self.draft.poke(va, data)
+            return special(self)
+        if row.mnemonic == "fbld":
+            digits = bytes(rng.randrange(10) | rng.randrange(10) << 4 for _ in range(9))
+            return digits + rng.choice((b"\0", b"\x80"))
+        if row.group == "x87" and row.operands and row.mnemonic[1] != "i":
+            make: dict[int, Callable[[], bytes]] = {4: lambda: single(rng), 8: lambda: double(rng)}
+            return make.get(width, lambda: extended(rng))() if width in (4, 8, 10) else b""
+        if row.group == "sse":
+            if width < 8 or rng.getrandbits(1):
+                return vector(rng)[:width]
+            return (double(rng) + vector(rng)[:8])[:width]
+        return integer(rng, 8 * width).to_bytes(width, "little") if 0 < width <= 8 else b""
 
     # The encoding
 

@@ -58,7 +58,7 @@ AUDIT_ARCH_X86_64 = 0xC000003E
 
 FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
 TICK_SIGNAL = signal.SIGVTALRM
-TICK_SECONDS = 0.05
+TICK_SECONDS = 0.01  # of its own time
 TICKS_UNTIL_HUNG = 3
 
 # The region that holds the stub, the record and the alternate stack: somewhere above 4 GiB.
@@ -213,6 +213,7 @@ class NativeRunner:
         self._record = (ctypes.c_char * (PAGE_SIZE)).from_address(REGION + RECORD)
         self._enter = ctypes.PYFUNCTYPE(None)(REGION)
         self._mapped: dict[int, bool] = {}  # va -> writable
+        self._held: dict[int, bytes] = {}  # va -> what the page holds, where that is known
         stack = _Stack(REGION + ALT_STACK, 0, ALT_STACK_SIZE)
         _check(libc.sigaltstack(ctypes.byref(stack), None) == 0, "sigaltstack")
         for number in (*FAULT_SIGNALS, TICK_SIGNAL):
@@ -255,8 +256,12 @@ class NativeRunner:
         for va in [va for va in self._mapped if va not in wanted]:
             _check(libc.munmap(va, PAGE_SIZE) == 0, "munmap")
             del self._mapped[va]
+            self._held.pop(va, None)
         for page in case.pages:
             writable = self._mapped.get(page.va)
+            held = self._held.get(page.va)
+            if held is page.data and writable == page.writable:
+                continue
             if writable is None:
                 _map(page.va, PAGE_SIZE, PROT_READ | PROT_WRITE | PROT_EXEC)
             elif not writable:
@@ -267,6 +272,7 @@ class NativeRunner:
             ):  # written before, so its host page table entry is present: error code bit 0 is right
                 self._protect(page.va, False)
             self._mapped[page.va] = page.writable
+            self._held[page.va] = page.data
 
     @staticmethod
     def _protect(va: int, writable: bool) -> None:
@@ -284,6 +290,7 @@ class NativeRunner:
             data = ctypes.string_at(page.va, PAGE_SIZE)
             if data != page.data:
                 changed[page.va] = data
+                del self._held[page.va]
         if number == TICK_SIGNAL:
             stop = Stop("hung")
         elif number == signal.SIGSYS:

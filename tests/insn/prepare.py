@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from random import Random
 
-from tests.insn.draft import CODE, DATA, HIGH, MASK, RW_PAGES
+from tests.insn.draft import CODE, DATA, HIGH, MASK
 from tests.insn.instance import PREFIX_66, REP, REPNE, Instance
-from tests.insn.segments import (
-    ANY_SELECTORS,
-    CODE_SELECTORS,
-    CS,
-    DS,
-    ES,
-    FS,
-    GS,
-    SS,
-    WRITABLE_SELECTORS,
-    base_of,
-)  # fmt: skip
-from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF, PAGE_SIZE, TF
+from tests.insn.prepare_far import PREPARE_KEY
+from tests.insn.segments import CS, DS, ES
+from tests.insn.state import DF, EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, OF
 from tests.insn.values import chance, integer
 
 
@@ -63,7 +54,7 @@ def _flags_on_stack(instance: Instance) -> None:
     esp = instance.draft.settle(ESP)
     if esp is not None and chance(instance.rng, 90):
         value = instance.rng.getrandbits(16) & (0xFFFF if chance(instance.rng, 20) else ~0x4100)
-        instance.draft.poke(
+        instance.draft.keep(
             instance.draft.stack_va(esp),
             (value | instance.rng.choice((0, 0, 0, 0x200000)) & MASK).to_bytes(4, "little"),
         )
@@ -71,7 +62,7 @@ def _flags_on_stack(instance: Instance) -> None:
 
 def _pusha(instance: Instance) -> None:
     for reg in range(8):
-        instance.draft.settle(reg)
+        instance.draft.choose(reg)
     if instance.row.action == "popa":
         instance.touched = [r for r in range(8) if r != ESP]
         instance.draft.blind_registers_on_fault = tuple(instance.touched)
@@ -109,64 +100,90 @@ MAX_LEVEL = 32  # frame pointers that ENTER pushes, its own included
 
 def _string(instance: Instance) -> None:
     """MOVS, CMPS, STOS, LODS, SCAS: pointers near each other, near page ends, long and short counts."""
-    draft, rng, row = instance.draft, instance.rng, instance.row
+    draft, row = instance.draft, instance.row
     name, size = row.mnemonic[:4], 1 if row.mnemonic.endswith("b") else instance.operand_size
-    if chance(rng, 60):
-        instance.rep = rng.choice((REP, REP, REPNE))
-    count = rng.choice(
-        (0, 1, 2, 3, rng.randint(0, 20), rng.randint(0, 300), rng.randint(0x400, 0x2000), integer(rng))
-    )
-    if instance.rep:
-        draft.settle(ECX, count)
-        instance.touched.append(ECX)
+    if chance(instance.rng, 60):
+        instance.rep = instance.rng.choice((REP, REP, REPNE))
+    used = [ECX] if instance.rep else []
+    used += [ESI] if name in ("movs", "cmps", "lods") else []
+    used += [EDI] if name in ("movs", "cmps", "stos", "scas") else []
+    used += [EAX] if name in ("stos", "scas", "lods") else []
+    free = [reg for reg in used if draft.is_free(reg)]
+    backwards, addr16 = bool(draft.eflags & DF), instance.addr16
+    source_base = draft.base(DS if instance.override is None else instance.override)
+    target_base = draft.base(ES)
+
+    def values(rng: Random) -> tuple[dict[int, int], list[tuple[int, bytes]]]:
+        count = _count(rng)
+        source, target = _pointers(rng, count, size, backwards, only_data=draft.addr16)
+        value, pokes = integer(rng), []
+        if chance(rng, 70):
+            pattern = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little") * (min(count, 300) + 1)
+            pokes = [(va - len(pattern) + size if backwards else va, pattern) for va in (source, target)]
+        if chance(rng, 50):  # a difference ends CMPS and SCAS
+            pokes.append((rng.choice((source, target)) + rng.randint(-40, 40), bytes((rng.getrandbits(8),))))
+        values = {ECX: count, ESI: source - source_base & MASK, EDI: target - target_base & MASK, EAX: value}
+        if addr16:
+            for reg in (ECX, ESI, EDI):
+                values[reg] = rng.getrandbits(16) << 16 | values[reg] & 0xFFFF
+        return values, pokes
+
+    first, pokes = values(instance.rng)
+    for va, data in pokes:
+        draft.poke(va, data)
+    for reg in used:
+        draft.settle(reg, first[reg])
+
+    def again(rng: Random) -> list[tuple[int, bytes]]:
+        chosen, pokes = values(rng)
+        draft.varied.update((reg, chosen[reg]) for reg in free)
+        return pokes
+
+    draft.contents.append(again)
+    instance.touched += used
+
+
+def _count(rng: Random) -> int:
+    """Seldom above 1024, after which the simulator looks for interrupts: such long ones are slow there."""
+    kind = rng.randrange(32)
+    if kind < 16:
+        return kind // 4
+    if kind == 31:
+        return rng.randint(0x400, 0x1000)
+    return integer(rng) if kind >= 27 else rng.randint(0, 20 if kind < 24 else 300)
+
+
+def _pointers(rng: Random, count: int, size: int, backwards: bool, only_data: bool) -> tuple[int, int]:
     span = min(count, 512) * size
-    backwards = bool(draft.eflags & DF)
     pointers = []
     for _ in range(2):
         kind = rng.randrange(100)
-        base = DATA + rng.randrange(0x2000) if kind < 60 else HIGH + rng.randrange(0x1000)
+        base = DATA + rng.randrange(0x2000) if kind < 60 or only_data else HIGH + rng.randrange(0x1000)
         if kind >= 85:
-            edge = (
-                rng.choice((DATA, HIGH, DATA + 0x1000))
-                if backwards
-                else rng.choice((DATA + 0x2000, HIGH + 0x1000))
-            )
+            if only_data:
+                edge = DATA if backwards else DATA + 0x2000
+            elif backwards:
+                edge = rng.choice((DATA, HIGH, DATA + 0x1000))
+            else:
+                edge = rng.choice((DATA + 0x2000, HIGH + 0x1000))
             base = edge + rng.randint(-span, span) if span else edge
-        if chance(rng, 50):
-            base &= -4
-        pointers.append(base)
-    source, destination = pointers
-    if chance(rng, 20):
-        destination = source + rng.randint(-8, 8)
-    value = integer(rng)
-    if chance(rng, 70):
-        pattern = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little") * (min(count, 300) + 1)
-        for va in pointers:
-            draft.poke(va - len(pattern) + size if backwards else va, pattern)
-    if name in ("movs", "cmps", "lods"):
-        draft.settle(ESI, draft.offset(DS if instance.override is None else instance.override, source))
-        instance.touched.append(ESI)
-    if name in ("movs", "cmps", "stos", "scas"):
-        draft.settle(EDI, draft.offset(ES, destination))
-        instance.touched.append(EDI)
-    if name in ("stos", "scas", "lods"):
-        draft.settle(EAX, value)
-        instance.touched.append(EAX)
+        pointers.append(base & -4 if chance(rng, 50) else base)
+    source, target = pointers
+    return source, source + rng.randint(-8, 8) if chance(rng, 20) else target
 
 
 def _division(instance: Instance) -> None:
     draft, rng = instance.draft, instance.rng
     if chance(rng, 70):
-        high = rng.choice((0, 0, rng.getrandbits(3), MASK, integer(rng)))
-        draft.settle(EDX, high)
+        draft.choose(EDX, lambda r: r.choice((0, 0, r.getrandbits(3), MASK, integer(r))))
         if instance.is_byte():
-            draft.settle(EAX, integer(rng, 16))
+            draft.choose(EAX, lambda r: integer(r, 16))
     _accumulators(instance)
 
 
 def _accumulators(instance: Instance) -> None:
-    instance.draft.settle(EAX)
-    instance.draft.settle(EDX)
+    instance.draft.choose(EAX)
+    instance.draft.choose(EDX)
     instance.take_registers()
     instance.touched += [EAX, EDX]
 
@@ -203,8 +220,11 @@ def _translate(instance: Instance) -> None:
     draft = instance.draft
     eax = draft.settle(EAX)
     if draft.is_free(EBX):
-        va = draft.target(1) - ((eax or 0) & 0xFF)
-        draft.settle(EBX, draft.offset(DS if instance.override is None else instance.override, va))
+        segment = DS if instance.override is None else instance.override
+        offset = draft.offset(segment, draft.target(1)) - ((eax or 0) & 0xFF)
+        if instance.addr16:
+            offset = instance.rng.getrandbits(16) << 16 | instance.rng.randrange(0x2000)
+        draft.settle(EBX, offset)
     instance.touched.append(EAX)
 
 
@@ -216,12 +236,10 @@ def _mask_move(instance: Instance) -> None:
 
 def _compare_strings(instance: Instance) -> None:
     for reg in (EAX, EDX):
-        instance.draft.settle(
-            reg, instance.rng.choice((instance.rng.randint(-20, 20), integer(instance.rng)))
-        )
+        instance.draft.choose(reg, lambda r: r.choice((r.randint(-20, 20), integer(r))))
     instance.take_immediates()
     instance.touched.append(ECX)
-    instance.draft.settle(ECX)
+    instance.draft.choose(ECX)
 
 
 def _shift(instance: Instance) -> None:
@@ -246,7 +264,7 @@ def _branch(instance: Instance) -> None:
     """Forward to a later instruction or the HLTs; rarely somewhere else; LOOP at times backward."""
     draft, rng, row = instance.draft, instance.rng, instance.row
     if row.action == "loop":
-        draft.settle(ECX, rng.choice((0, 1, 2, rng.randrange(8), integer(rng))))
+        draft.choose(ECX, lambda r: r.choice((0, 1, 2, 0x10000, 0x20001, r.randrange(8), integer(r))))
         instance.touched.append(ECX)
     if row.action == "call":
         draft.settle(ESP)
@@ -283,13 +301,13 @@ def _indirect_branch(instance: Instance) -> None:
 
 def _ascii_adjust(instance: Instance) -> None:
     instance.immediates = bytes((instance.rng.choice((10, 10, 0, 16, integer(instance.rng, 8))),))
-    instance.draft.settle(EAX)
+    instance.draft.choose(EAX)
     instance.touched.append(EAX)
 
 
 def _accumulator(instance: Instance) -> None:
-    instance.draft.settle(EAX)
-    instance.draft.settle(EDX)
+    instance.draft.choose(EAX)
+    instance.draft.choose(EDX)
     instance.touched += [EAX, EDX] if instance.row.mnemonic == "cdq" else [EAX]
 
 
@@ -305,135 +323,6 @@ def _plain(instance: Instance) -> None:
     instance.take_registers()
 
 
-SEGMENT_NUMBER = {"ES": ES, "SS": SS, "DS": DS, "FS": FS, "GS": GS}
-POINTER_LOADS = {"les": ES, "lds": DS, "lss": SS, "lfs": FS, "lgs": GS}
-
-
-def _selector(instance: Instance) -> int:
-    return instance.rng.choice(WRITABLE_SELECTORS if chance(instance.rng, 60) else ANY_SELECTORS)
-
-
-def _code_selector(instance: Instance) -> int:
-    return instance.rng.choice(CODE_SELECTORS if chance(instance.rng, 85) else ANY_SELECTORS)
-
-
-def _loads(instance: Instance, segment: int, selector: int | None) -> None:
-    """Afterwards the segment register holds the selector (None: what it was made of isn't known)."""
-    draft = instance.draft
-
-    def change() -> None:
-        draft.selectors[segment] = draft.selectors[segment] if selector is None else selector
-
-    instance.after.append(change)
-
-
-def _move_to_segment(instance: Instance) -> None:
-    instance.reg_field = instance.rng.choice((ES, SS, DS, FS, GS)) if chance(instance.rng, 95) else CS
-    selector: int | None = _selector(instance)
-    instance.choose_address()
-    if not instance.memory:
-        selector = instance.draft.settle(instance.rm_field, selector)
-    elif instance.va is not None:
-        assert selector is not None
-        instance.late.append((instance.va, selector.to_bytes(2, "little")))
-    _loads(instance, instance.reg_field, None if selector is None else selector & 0xFFFF)
-
-
-def _pop_segment(instance: Instance) -> None:
-    draft, selector = instance.draft, _selector(instance)
-    esp = draft.settle(ESP)
-    if esp is not None:
-        draft.poke(draft.stack_va(esp), selector.to_bytes(2, "little"))
-    instance.after.append(lambda: draft.move(ESP, instance.operand_size))
-    _loads(instance, SEGMENT_NUMBER[instance.row.operands[0]], selector if esp is not None else None)
-
-
-def _load_pointer(instance: Instance) -> None:
-    selector = _selector(instance)
-    instance.choose_address()
-    if instance.va is not None:
-        instance.late.append((instance.va + instance.operand_size, selector.to_bytes(2, "little")))
-    instance.take_registers()
-    _loads(instance, POINTER_LOADS[instance.row.mnemonic], selector)
-
-
-def _ask_about_selector(instance: Instance) -> None:
-    """LAR, LSL, VERR, VERW."""
-    selector = instance.rng.choice(ANY_SELECTORS)
-    instance.choose_address()
-    if instance.memory:
-        if instance.va is not None:
-            instance.late.append((instance.va, selector.to_bytes(2, "little")))
-    else:
-        instance.draft.settle(instance.rm_field, selector)
-    instance.take_registers()
-
-
-def _far_call_frame(instance: Instance) -> None:
-    """The return address may be on the stack although the target is no good."""
-    draft = instance.draft
-    esp = draft.settle(ESP)
-    if esp is not None:
-        size = 2 * instance.operand_size
-        draft.blind_on_fault.append((draft.stack_va(esp) - size, size))
-    else:
-        draft.blind_on_fault += [(page, PAGE_SIZE) for page in RW_PAGES]
-    instance.after.append(lambda: draft.spoil(ESP))
-
-
-def _far_direct(instance: Instance) -> None:
-    """JMP and CALL ptr16:32."""
-    draft, selector = instance.draft, _code_selector(instance)
-    if instance.row.mnemonic == "call":
-        _far_call_frame(instance)
-    size = instance.operand_size
-    instance.immediates = bytes(size) + selector.to_bytes(2, "little")
-    number = len(draft.starts) + 1 + instance.rng.randrange(2)
-    if size == 4:
-        instance.after.append(lambda: draft.far.append((len(draft.code) - 6, number, base_of(selector))))
-    _loads(instance, CS, selector)
-
-
-def _far_indirect(instance: Instance) -> None:
-    """JMP and CALL m16:32."""
-    draft, selector = instance.draft, _code_selector(instance)
-    if instance.row.mnemonic == "call":
-        _far_call_frame(instance)
-    instance.choose_address()
-    if instance.va is not None:
-        number = len(draft.starts) + 1 + instance.rng.randrange(2)
-        draft.absolute.append((instance.va, number, base_of(selector)))
-        instance.late.append((instance.va + instance.operand_size, selector.to_bytes(2, "little")))
-    _loads(instance, CS, selector)
-
-
-def _far_return(instance: Instance) -> None:
-    """RETF and IRET: EIP, CS and for IRET the flags on the stack."""
-    draft, selector, size = instance.draft, _code_selector(instance), instance.operand_size
-    draft.fault_page_only = True
-    esp = draft.settle(ESP)
-    if esp is not None:
-        va = draft.stack_va(esp)
-        number = len(draft.starts) + 1 + instance.rng.randrange(2)
-        draft.absolute.append((va, number, base_of(selector)))
-        instance.late.append((va + size, selector.to_bytes(2, "little")))
-        if instance.row.mnemonic == "iret":
-            flags = instance.rng.getrandbits(12) & ~TF
-            instance.late.append((va + 2 * size, flags.to_bytes(4, "little")[:size]))
-    if instance.row.operands:
-        instance.immediates = instance.rng.choice((0, 4, 8, 3, 0x100, 0xFFFF)).to_bytes(2, "little")
-    draft.spoil(ESP)
-    _loads(instance, CS, selector)
-
-
-PREPARE_KEY: dict[str, Callable[[Instance], None]] = {
-    "8E": _move_to_segment, "9A": _far_direct, "EA": _far_direct,
-    "FF/3m": _far_indirect, "FF/5m": _far_indirect,
-    **dict.fromkeys(("07", "17", "1F", "0FA1", "0FA9"), _pop_segment),
-    **dict.fromkeys(("C4m", "C5m", "0FB2m", "0FB4m", "0FB5m"), _load_pointer),
-    **dict.fromkeys(("0F02", "0F03", "0F00/4", "0F00/5"), _ask_about_selector),
-    **dict.fromkeys(("CA", "CB", "CF"), _far_return),
-}  # fmt: skip
 PREPARE_ACTION: dict[str, Callable[[Instance], None]] = {
     "ret": _stack_target, "push": _push, "pushimm": _push, "pushm": _push, "pushf": _push, "pushseg": _push,
     "pop": _pop, "popm": _pop, "popf": _pop, "pusha": _pusha, "popa": _pusha, "leave": _leave,

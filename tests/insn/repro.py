@@ -1,17 +1,19 @@
 """`python -m tests.insn.repro SEED:INDEX`: runs a case natively and translated, shrinks it if they differ.
 
-`--whole` doesn't shrink, `--kind simulated` takes the simulator instead of the translator.
+`--whole` doesn't shrink, `--executor NAME` takes another one than "translated" (tests/insn/executors.py).
+The cases of its family that come before it are run first, as they were.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from tests.insn.agree import NATIVE_ENDS
-from tests.insn.generate import Generator
+from tests.insn.executors import EXECUTORS, NATIVE, TRANSLATED
+from tests.insn.generate import VARIATIONS, Generator
+from tests.insn.judge import Verdict, judge, no_verdict
 from tests.insn.shrink import shrink
-from tests.insn.state import COMPARED_FLAGS, REG_NAMES, Case, CpuState, describe, differences
-from tests.insn.worker import NATIVE, SIMULATED, TRANSLATED, Worker
+from tests.insn.state import COMPARED_FLAGS, REG_NAMES, Case, CpuState, describe
+from tests.insn.worker import Worker
 
 
 def outcome_text(case: Case, state: CpuState) -> str:
@@ -26,28 +28,42 @@ def outcome_text(case: Case, state: CpuState) -> str:
     return "\n".join(lines)
 
 
-def shrink_failure(seed: int, index: int, kind: str = TRANSLATED, whole: bool = False) -> str:
-    """The case, what it did natively and in the other runner, and the differences; shrunk unless `whole`."""
-    case = Generator(seed).case(index)
-    with Worker(NATIVE) as native, Worker(kind) as other:
+def shrink_failure(seed: int, index: int, executor: str = TRANSLATED, whole: bool = False) -> str:
+    """The case, what it did natively and in the executor, and the differences; shrunk unless `whole`.
 
-        def compare(candidate: Case) -> list[str]:
+    Where it differs only after the cases before it in its family, it isn't shrunk.
+    """
+    generator = Generator(seed)
+    first = index - index % VARIATIONS
+    earlier, case = [generator.case(i) for i in range(first, index)], generator.case(index)
+    with Worker(NATIVE) as native, Worker(executor) as other:
+
+        def compare(candidate: Case, before: list[Case]) -> list[str]:
             expected = native.run(candidate)
-            if expected.stop.kind not in NATIVE_ENDS:
+            if no_verdict(expected) is not None:
                 return []
-            return differences(candidate, expected, other.run(candidate))
+            for one in before:
+                other.run(one)
+            verdict, lines = judge(candidate, expected, other.run(candidate))
+            return lines if verdict is Verdict.DIFFERS else []
 
-        lines = compare(case)
-        if lines and not whole:
+        before: list[Case] = []
+        lines = compare(case, before)
+        if not lines:
+            before = earlier
+            lines = compare(case, before)
+        if lines and not whole and not before:
             kinds = {line.split()[0] for line in lines}
-            case = shrink(case, lambda c: bool(kinds & {line.split()[0] for line in compare(c)}))
-            lines = compare(case)
+            case = shrink(case, lambda c: bool(kinds & {line.split()[0] for line in compare(c, [])}))
+            lines = compare(case, [])
+        if lines and before:
+            lines.append("(only after the cases before it in its family)")
         return "\n".join(
             (
                 f"case {seed}:{index}",
                 describe(case),
                 f"native: {outcome_text(case, native.run(case))}",
-                f"{kind}: {outcome_text(case, other.run(case))}",
+                f"{executor}: {outcome_text(case, other.run(case))}",
                 *(lines or ["they agree"]),
             )
         )
@@ -56,11 +72,11 @@ def shrink_failure(seed: int, index: int, kind: str = TRANSLATED, whole: bool = 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.insn.repro", description=__doc__)
     parser.add_argument("case", help="SEED:INDEX")
-    parser.add_argument("--kind", default=TRANSLATED, choices=(TRANSLATED, SIMULATED))
+    parser.add_argument("--executor", default=TRANSLATED, choices=tuple(EXECUTORS))
     parser.add_argument("--whole", action="store_true", help="don't shrink")
     arguments = parser.parse_args()
     seed, index = (int(part) for part in arguments.case.split(":"))
-    print(shrink_failure(seed, index, arguments.kind, arguments.whole))
+    print(shrink_failure(seed, index, arguments.executor, arguments.whole))
 
 
 if __name__ == "__main__":

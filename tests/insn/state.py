@@ -14,6 +14,7 @@ FIP/FDP/FOP and their selectors (a translation runs elsewhere, and CPUs differ),
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -103,6 +104,53 @@ class Case:
             out += chunk[: self.code_length - len(out)]
             va += len(chunk)
         return out
+
+
+class Variation(NamedTuple):
+    """What else a case's code can start with."""
+
+    regs: tuple[int, ...]
+    eflags: int
+    fx: bytes
+    pokes: tuple[tuple[int, bytes], ...]  # (va, contents)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A case and its variations: the same code, each time with other registers, flags and contents."""
+
+    case: Case
+    variations: tuple[Variation, ...]
+
+    def cases(self) -> list[Case]:
+        """All of them, the case itself first."""
+        return [self.case, *(_varied(self.case, variation) for variation in self.variations)]
+
+
+def _varied(case: Case, variation: Variation) -> Case:
+    pages = case.pages
+    if variation.pokes:
+        touched: dict[int, bytearray] = {}
+        by_va = {page.va: page.data for page in pages}
+        for start, data in variation.pokes:
+            for va, piece in _by_page(start & 0xFFFFFFFF, data):
+                base = va & -PAGE_SIZE
+                if base not in touched and base in by_va:
+                    touched[base] = bytearray(by_va[base])
+                if base in touched:
+                    touched[base][va - base : va - base + len(piece)] = piece
+        pages = tuple(
+            Page(page.va, bytes(touched[page.va]), page.writable) if page.va in touched else page
+            for page in pages
+        )
+    return replace(case, regs=variation.regs, eflags=variation.eflags, fx=variation.fx, pages=pages)
+
+
+def _by_page(va: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+    while data:
+        room = PAGE_SIZE - va % PAGE_SIZE
+        yield va, data[:room]
+        va, data = va + room & 0xFFFFFFFF, data[room:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""The host CPU and the CPU node execute the same random instructions: not one difference is allowed.
+"""The host CPU and every executor run the same random instructions: not one difference is allowed.
 
-BACKPLANE_INSN_CASES sets how many cases run (default 240,000; millions for a release) and
-BACKPLANE_INSN_SEED the seed (default: the same for ever).  A failure prints the shrunk case and `SEED:INDEX`
-for tests.insn.repro.
+BACKPLANE_INSN_CASES sets how many cases run (default 240,000; `make conformance` runs millions) and
+BACKPLANE_INSN_SEED the seed (default: the same for ever).  A failure prints the shrunk case and the command
+that runs it again.
 """
 
 from __future__ import annotations
@@ -11,56 +11,63 @@ import os
 
 import pytest
 
-from tests.insn.agree import Failure, Report, run
+from tests.insn.conform import DEFAULT_SEED, explain, run_all
 from tests.insn.exclusions import EXCLUDED, TESTED_ROWS
-from tests.insn.generate import Generator
-from tests.insn.repro import shrink_failure
-from tests.insn.worker import SIMULATED, TRANSLATED
+from tests.insn.executors import EXECUTORS
+from tests.insn.forms import summary
+from tests.insn.generate import VARIATIONS, Generator
+from tests.insn.groups import GROUPS, group_of
+from tests.insn.report import Report
 
-SEED = int(os.environ.get("BACKPLANE_INSN_SEED", "1986"))
+SEED = int(os.environ.get("BACKPLANE_INSN_SEED", str(DEFAULT_SEED)))
 CASES = int(os.environ.get("BACKPLANE_INSN_CASES", "240000"))
-SHARDS = 8
-SIMULATED_PART = 6  # one case in so many also runs in the simulator alone
-SHOWN = 3
+JOBS = 2
 LEAST_AGREED = 0.98  # of the cases tried, exclusions are the rest
-GROUPS = {"int", "string", "x87", "mmx", "sse", "system", "sequence", "self-modifying", "illegal"}
+ENOUGH_FOR_FORMS = 200_000
+LEAST_FORMS = 0.6  # of each line of the table of forms; millions of cases come near all
 
 
-def _explain(failures: list[Failure], kind: str) -> str:
-    """The first failures of different rows shrunk, the others in a line each."""
-    seen: set[tuple[str, ...]] = set()
-    out = []
-    for failure in failures:
-        if failure.case.rows in seen or len(seen) == SHOWN:
-            continue
-        seen.add(failure.case.rows)
-        out.append(shrink_failure(failure.seed, failure.index, kind))
-    return "\n\n".join([*out, *map(str, failures)])
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return run_all(SEED, CASES, JOBS, tuple(EXECUTORS), say=False)
 
 
-def _check(report: Report, count: int, kind: str) -> None:
-    print(report.table())
-    assert not report.failures, _explain(report.failures, kind)
-    assert report.tried.total() == count
-    assert report.agreed.total() + report.masked.total() >= LEAST_AGREED * count
-    assert set(report.tried) == GROUPS
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_executor_does_what_the_host_does(report: Report, executor: str) -> None:
+    failures = [failure for failure in report.failures if failure.executor == executor]
+    assert not failures, explain(failures)
+    assert not report.failures, "another executor's differences ended the run"
+    tried, agreed, masked, excluded, differ = report.row(executor, None)
+    assert tried == -(-CASES // VARIATIONS) * VARIATIONS
+    assert tried == agreed + masked + excluded
+    assert differ == 0
+    assert agreed + masked >= LEAST_AGREED * tried
+    assert all(report.row(executor, group)[0] for group in GROUPS)
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
-def test_translated_code_does_what_the_host_does(shard: int) -> None:
-    count = CASES // SHARDS
-    _check(run(SEED, shard * count, count), count, TRANSLATED)
-
-
-@pytest.mark.parametrize("shard", range(2))
-def test_the_simulator_alone_does_what_the_host_does(shard: int) -> None:
-    count = CASES // SIMULATED_PART // 2
-    _check(run(SEED, CASES + shard * count, count, SIMULATED), count, SIMULATED)
+@pytest.mark.skipif(CASES < ENOUGH_FOR_FORMS, reason="too few cases to meet all forms")
+def test_every_form_of_instruction_is_met(report: Report) -> None:
+    for what, met, there_are in summary(report.forms):
+        assert LEAST_FORMS * there_are <= met <= there_are, what
 
 
 def test_every_row_is_tested_or_excluded_with_a_reason() -> None:
     generator = Generator(SEED)
     expected = {f"{row.key} {row.mnemonic}" for row in TESTED_ROWS}
-    seen = {row for index in range(8 * len(TESTED_ROWS)) for row in generator.case(index).rows}
+    seen = {row for number in range(2 * len(TESTED_ROWS)) for row in generator.family(number).case.rows}
     assert expected <= seen
     assert all(EXCLUDED.values())
+
+
+def test_every_row_has_a_group() -> None:
+    assert {group_of(row) for row in TESTED_ROWS} <= set(GROUPS)
+
+
+def test_a_family_has_one_code_and_many_states() -> None:
+    generator = Generator(SEED)
+    for number in range(300):
+        cases = generator.family(number).cases()
+        assert len(cases) == VARIATIONS
+        assert len({case.code() for case in cases}) == 1
+        assert len({(case.regs, case.eflags, case.fx, case.pages) for case in cases}) == VARIATIONS
+        assert [generator.case(VARIATIONS * number + i) for i in range(VARIATIONS)] == cases

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.insn.executors import NATIVE
 from tests.insn.generate import Generator
 from tests.insn.state import (
     AF,
@@ -33,7 +34,7 @@ from tests.insn.state import (
     differences,
     fx_image,
 )  # fmt: skip
-from tests.insn.worker import NATIVE, Worker
+from tests.insn.worker import Worker
 
 CODE, DATA = 0x20000000, 0x30000000
 READ_ONLY, ABSENT = DATA + PAGE_SIZE, DATA + 2 * PAGE_SIZE
@@ -185,17 +186,19 @@ def test_a_case_that_ends_the_process_is_reported_and_the_next_one_runs(native: 
     escape = make("ea 00 00 00 20 33 00")  # jmp 33:CODE: 64-bit mode
     native.send([make("40"), escape, make("40 40")])
     states = native.receive()
-    assert [s.stop.kind for s in states] == ["hlt", "crashed", "hlt"]
-    assert [s.regs[0] for s in states] == [1, 0, 2]
+    assert [s and s.stop.kind for s in states] == ["hlt", "crashed", "hlt"]
+    assert [s and s.regs[0] for s in states] == [1, 0, 2]
 
 
 def test_the_same_case_twice_gives_the_same_outcome(native: Worker) -> None:
     generator = Generator(11)
     cases = [generator.case(index) for index in range(400)]
     native.send(cases)
-    first: list[CpuState] = native.receive()
+    first = native.receive()
     native.send(cases)
     for case, a, b in zip(cases, first, native.receive(), strict=True):
+        assert a is not None
+        assert b is not None
         assert differences(case, a, b) == []
 
 

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from cpu_node.decode import Undefined, decode
+from tests.insn.executors import NATIVE
 from tests.insn.state import ESP, PAGE_SIZE, Case, Page, fx_image
-from tests.insn.worker import NATIVE, Worker
+from tests.insn.worker import Worker
 
 CODE, DATA, STACK = 0x20000100, 0x30000000, 0x7F000000
 ZERO_PAGE = bytes(PAGE_SIZE)
@@ -81,6 +82,7 @@ def test_the_table_has_what_the_host_executes() -> None:
             batch = probes[first : first + BATCH]
             native.send([_case(code) for _, code in batch])
             for (opcode, code), state in zip(batch, native.receive(), strict=True):
+                assert state is not None
                 on_host = not (state.stop.vector == UNDEFINED_VECTOR and state.eip == CODE)
                 in_table = True
                 try:

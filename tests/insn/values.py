@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from random import Random
 
-from tests.insn.state import MXCSR_DEFAULT, PAGE_SIZE, X87_DEFAULT_CONTROL, fx_image
+from tests.insn.state import FX_SIZE, MXCSR_DEFAULT, PAGE_SIZE, X87_DEFAULT_CONTROL, fx_image
 
 INTEGERS = (
     0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF,
@@ -55,6 +55,7 @@ EXTENDED = tuple(
 X87_MASKS, X87_SUMMARY = 0x3F, 0x8080  # the six exception masks; ES and B
 MXCSR_FLAGS, MXCSR_MASKS_SHIFT, MXCSR_WRITABLE = 0x3F, 7, 0xFFFF
 POOL_PAGES = 24
+POOL_REGISTERS = 2048
 
 
 def chance(rng: Random, percent: float) -> bool:
@@ -156,6 +157,23 @@ def fpu_state(rng: Random, mmx: bool) -> bytes:
         else:
             st.append(extended(rng))
     return fx_image(control, status, tags, tuple(st), mxcsr(rng), tuple(vector(rng) for _ in range(8)))
+
+
+class FpuPool:
+    """FXSAVE images put together from registers made in advance: a twentieth of what fpu_state costs."""
+
+    def __init__(self, seed: int) -> None:
+        rng = Random(seed)
+        self._st = [extended(rng) + bytes(6) for _ in range(POOL_REGISTERS)]
+        self._mm = [vector(rng)[:8] + b"\xff\xff" + bytes(6) for _ in range(POOL_REGISTERS)]
+        self._xmm = [vector(rng) for _ in range(POOL_REGISTERS)]
+
+    def image(self, rng: Random, mmx: bool) -> bytes:
+        control = x87_control(rng)
+        tags = rng.choice((0xFF, 0xFF, 0, rng.getrandbits(8)))
+        head = struct.pack("<HHB19xII", control, x87_status(rng, control), tags, mxcsr(rng), 0xFFFF)
+        st = rng.choices(self._mm if mmx and rng.getrandbits(2) else self._st, k=8)
+        return b"".join((head, *st, *rng.choices(self._xmm, k=8))).ljust(FX_SIZE, b"\0")
 
 
 def _page(rng: Random) -> bytes:

@@ -1,8 +1,8 @@
 """A process that runs cases, and the handle that its parent holds.
 
-`python -m tests.insn.worker KIND` reads pickled lists of cases from standard input and writes a pickled
-list of outcomes for each.  Native and translated runs install handlers for the same signals, and a wild
-case can end its process: so each kind has its own process, and the parent starts a new one when it died.
+`python -m tests.insn.worker NAME` reads pickled lists of cases and families from standard input and writes a
+pickled list of outcomes for each.  Executors install handlers for the same signals, and a wild case can end
+its process: so each has a process of its own, and the parent starts a new one when it died.
 """
 
 from __future__ import annotations
@@ -15,35 +15,23 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
-from tests.insn.state import Case, CpuState, Stop
+from tests.insn.executors import Runner, make_runner
+from tests.insn.state import Case, CpuState, Family, Stop
 
-NATIVE, TRANSLATED, SIMULATED = "native", "translated", "simulated"
 ANSWER_SECONDS = 60.0
 ROOT = Path(__file__).parents[2]
 
 
-class Runner(Protocol):
-    def run(self, case: Case) -> CpuState: ...
-
-
-def make_runner(kind: str) -> Runner:
-    if kind == NATIVE:
-        from tests.insn.native_unsafe import NativeRunner
-
-        return NativeRunner()
-    if kind in (TRANSLATED, SIMULATED):
-        from tests.insn.translated import TranslatedRunner
-
-        return TranslatedRunner(simulate=kind == SIMULATED)
-    raise ValueError(f"unknown kind of runner: {kind}")
-
-
 def _send(stream: IO[bytes], value: object) -> None:
-    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    _send_packed(stream, pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+
+def _send_packed(stream: IO[bytes], data: bytes) -> None:
     stream.write(struct.pack("<I", len(data)) + data)
     stream.flush()
 
@@ -54,6 +42,24 @@ def _receive(stream: IO[bytes]) -> object:
         raise EOFError
     data = stream.read(struct.unpack("<I", header)[0])
     return pickle.loads(data)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Cases and their families, pickled once for all workers.  Cases are numbered from `first`."""
+
+    cases: list[Case]
+    first: int
+    packed: bytes
+
+    @classmethod
+    def of(cls, items: Iterable[Case | Family], first: int = 0) -> Batch:
+        items = list(items)
+        return cls(_cases(items), first, pickle.dumps(items, pickle.HIGHEST_PROTOCOL))
+
+
+def _cases(items: Iterable[Case | Family]) -> list[Case]:
+    return [case for item in items for case in (item.cases() if isinstance(item, Family) else [item])]
 
 
 class WorkerError(Exception):
@@ -67,6 +73,7 @@ class Worker:
         self._kind = kind
         self._process: subprocess.Popen[bytes] | None = None
         self._waiting: list[Case] = []
+        self._skip: frozenset[int] = frozenset()
 
     def __enter__(self) -> Worker:
         return self
@@ -102,34 +109,42 @@ class Worker:
             raise WorkerError(f"the {self._kind} worker did not start: status {status}") from None
         return process
 
-    def send(self, cases: Sequence[Case]) -> None:
-        """Starts on the cases; `receive` must follow before the next send."""
-        self._waiting = list(cases)
+    def send(self, cases: Batch | Sequence[Case], skip: frozenset[int] = frozenset()) -> None:
+        """Starts on the cases but those whose places are in `skip`; `receive` must follow before the next."""
+        batch = cases if isinstance(cases, Batch) else Batch.of(cases)
+        self._waiting, self._skip = batch.cases, skip
         process = self._process or self._start()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # receive() finds out
-            _send(process.stdin, self._waiting)
+            _send(process.stdin, skip)
+            _send_packed(process.stdin, batch.packed)
 
-    def receive(self, deadline_seconds: float = ANSWER_SECONDS) -> list[CpuState]:
-        """The outcomes of the cases sent.  A case that ends the process has stop kind "crashed", one that
-        keeps it for too long has "hung"."""
-        cases, self._waiting = self._waiting, []
+    def receive(self, deadline_seconds: float = ANSWER_SECONDS) -> list[CpuState | None]:
+        """The outcomes of the cases sent, None for those skipped.  A case that ends the process has stop kind
+        "crashed", one that keeps it for too long has "hung"."""
+        cases, skip = self._waiting, self._skip
+        self._waiting, self._skip = [], frozenset()
         answer = self._answer(deadline_seconds)
         if isinstance(answer, list):
             return answer
         if len(cases) == 1:
             return [CpuState(answer)]
-        out = []
-        for case in cases:  # one of them did it: find out which
+        out: list[CpuState | None] = []
+        for number, case in enumerate(cases):  # one of them did it: find out which
+            if number in skip:
+                out.append(None)
+                continue
             self.send([case])
             out += self.receive(deadline_seconds / 10)
         return out
 
     def run(self, case: Case) -> CpuState:
         self.send([case])
-        return self.receive()[0]
+        (state,) = self.receive()
+        assert state is not None
+        return state
 
-    def _answer(self, deadline_seconds: float) -> list[CpuState] | Stop:
+    def _answer(self, deadline_seconds: float) -> list[CpuState | None] | Stop:
         process = self._process
         assert process is not None
         assert process.stdout is not None
@@ -155,11 +170,13 @@ def serve(kind: str) -> None:
     _send(answers, "ready")
     while True:
         try:
-            cases = _receive(requests)
+            skip, items = _receive(requests), _receive(requests)
         except EOFError:
             return
-        assert isinstance(cases, list)
-        _send(answers, [_run(runner, case) for case in cases])
+        assert isinstance(items, list)
+        assert isinstance(skip, frozenset)
+        cases = enumerate(_cases(items))
+        _send(answers, [None if number in skip else _run(runner, case) for number, case in cases])
 
 
 def _run(runner: Runner, case: Case) -> CpuState:

@@ -4,10 +4,14 @@ The case's pages are guest physical pages behind real page tables.  At CPL 3 eve
 IDT and the TSS to a ring-0 handler that is just HLT, and the outcome is read from the frame that was pushed;
 at CPL 0, where a frame would go to the case's own stack, the fault is taken when it is raised.
 
-With `simulate` the simulator runs every instruction instead of the translator.
+Three ways to run the same case differently, none of which may change its outcome:
+`simulate`: the simulator runs every instruction, the translator none.
+`base`: all segments start there (those of the LDT so much higher), and all pages lie so much higher.
+`on_demand`: no page is present until it is touched, and none writable until it is written; the page fault
+is then served here and the instruction restarted.
 
-Every fourth case starts with its code pages as "mixed" (self-verifying translations), every eighth with
-accessed and dirty bits clear.
+Every fourth family of cases starts with its code pages as "mixed" (self-verifying translations), every eighth
+with accessed and dirty bits clear.
 Source: Intel SDM volume 3, 6.11 to 6.13 (gates and frames), 4.3 (32-bit paging).
 """
 
@@ -15,20 +19,21 @@ from __future__ import annotations
 
 import os
 import struct
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
-from typing import Any
 from zlib import crc32
 
 from cpu_node import layout as at
+from cpu_node import mode as modes
 from cpu_node import stubs_unsafe
 from cpu_node.cpu import CR0_AM, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PSE
 from cpu_node.cpuid import CpuModel
 from cpu_node.descriptor import INTERRUPT_GATE32, null, pack, pack_gate, parse
 from cpu_node.engine import Engine
 from cpu_node.errors import GuestFault
-from cpu_node.paging import RW, US, A, D, P
+from cpu_node.paging import ERR_WRITE, RW, US, A, D, P
+from tests.insn.platform import RunnerPlatform
 from tests.insn.segments import CS, LDT, SS, USER_CODE, USER_DATA, base_of, ldt_selector
 from tests.insn.state import (
     ESP,
@@ -45,6 +50,7 @@ from tests.insn.state import (
 RAM_SIZE = 4 << 20
 IF = 0x200
 VECTORS = 32
+MASK = 0xFFFFFFFF
 
 # The supervisor's own pages, where random addresses seldom hit, and at the bottom of RAM.
 SYSTEM = 0x5E3A0000
@@ -54,96 +60,60 @@ PAGE_DIRECTORY = SYSTEM_PAGES * PAGE_SIZE  # pa; page tables and the cases' page
 TSS_SIZE = 104
 FRAME_TOP = RING0_STACK + PAGE_SIZE
 
-KERNEL_CODE, KERNEL_DATA, TASK, LDT_AT = 0x10, 0x18, 0x30, 0x38
-DESCRIPTORS = {
-    KERNEL_CODE: pack(0, 0xFFFFF, 0xC09B),
-    KERNEL_DATA: pack(0, 0xFFFFF, 0xC093),
-    USER_CODE & ~3: pack(0, 0xFFFFF, 0xC0FB),
-    USER_DATA & ~3: pack(0, 0xFFFFF, 0xC0F3),
-    TASK: pack(TSS, TSS_SIZE - 1, 0x008B),
-    LDT_AT: pack(LDT_VA, 8 * len(LDT) - 1, 0x0082),
-}
-
-KERNEL_FLAT = (KERNEL_DATA, KERNEL_CODE, KERNEL_DATA, KERNEL_DATA, 0, 0)
+KERNEL_CODE, KERNEL_DATA, TASK, LDT_AT, CASE_CODE, CASE_DATA = 0x10, 0x18, 0x30, 0x38, 0x40, 0x48
+# What kernel code of a case has in ES, CS, SS, DS, FS, GS.
+KERNEL_SELECTORS = (CASE_DATA, CASE_CODE, CASE_DATA, CASE_DATA, 0, 0)
+FLAT_LIMIT = 0xFFFFF
 
 
-class RunnerPlatform:
-    """No devices, no interrupts; HLT ends the run."""
-
-    intr = False
-
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-
-    def port_read(self, port: int, width: int) -> int:
-        return (1 << 8 * width) - 1
-
-    def port_write(self, port: int, width: int, value: int) -> None:
-        pass
-
-    def port_in_string(self, port: int, width: int, count: int) -> bytes:
-        return b"\xff" * width * count
-
-    def port_out_string(self, port: int, width: int, data: bytes) -> None:
-        pass
-
-    def mmio_read(self, pa: int, width: int) -> int:
-        raise AssertionError(f"read of {pa:#x}, which is no RAM")
-
-    def mmio_write(self, pa: int, width: int, value: int) -> None:
-        raise AssertionError(f"write to {pa:#x}, which is no RAM")
-
-    def int_ack(self) -> int | None:
-        return None
-
-    def eoi(self, vector: int) -> None:
-        pass
-
-    def poll(self) -> None:
-        pass
-
-    def idle(self, deadline_ns: int | None) -> None:
-        assert self.engine is not None
-        self.engine.stopping = True
-
-    def set_alarm(self, deadline_ns: int | None) -> None:
-        pass
-
-    def now_ns(self) -> int:
-        return time.monotonic_ns()
-
-    def rdtsc(self) -> int:
-        return time.monotonic_ns()
-
-    def report(self, kind: str, text: str, data: dict[str, Any]) -> None:
-        pass
+def _descriptors(base: int) -> dict[int, int]:
+    return {
+        KERNEL_CODE: pack(0, FLAT_LIMIT, 0xC09B),
+        KERNEL_DATA: pack(0, FLAT_LIMIT, 0xC093),
+        USER_CODE & ~3: pack(base, FLAT_LIMIT, 0xC0FB),
+        USER_DATA & ~3: pack(base, FLAT_LIMIT, 0xC0F3),
+        TASK: pack(TSS, TSS_SIZE - 1, 0x008B),
+        LDT_AT: pack(LDT_VA, 8 * len(LDT) - 1, 0x0082),
+        CASE_CODE: pack(base, FLAT_LIMIT, 0xC09B),
+        CASE_DATA: pack(base, FLAT_LIMIT, 0xC093),
+    }
 
 
 class CaseEngine(Engine):
-    """At CPL 0 a fault of the case ends the run where it is raised."""
+    """At CPL 0 a fault of the case ends the run where it is raised.  `serve` may take page faults."""
 
     caught: GuestFault | None = None
+    simulate = False
+    serve: Callable[[GuestFault], bool] | None = None
 
     def fault(self, fault: GuestFault) -> None:
+        if fault.vector == PAGE_FAULT and self.serve is not None and self.serve(fault):
+            return
         if self.cpu.cpl == 0:
             self.caught = fault
             self.stopping = True
         else:
             super().fault(fault)
 
+    def _set_mode(self) -> None:
+        super()._set_mode()
+        if self.simulate:
+            self.mode |= modes.STEP
+
 
 @dataclass(slots=True)
 class Frame:
-    """A guest page of the cases: where it is in RAM, and where its page-table entry is."""
+    """A guest page of the cases: where it is in RAM, where its page-table entry is, what it holds."""
 
     pa: int
     entry_pa: int
+    held: bytes | None = None
 
 
-class TranslatedRunner:
-    """`run(case) -> CpuState` in the translator.  One per process, for good (it installs signal handlers)."""
+class GuestRunner:
+    """`run(case) -> CpuState` in the engine.  One per process, for good (it installs signal handlers)."""
 
-    def __init__(self, simulate: bool = False) -> None:
+    def __init__(self, simulate: bool = False, base: int = 0, on_demand: bool = False) -> None:
         stubs_unsafe.install()
         fd = os.memfd_create("case-ram")
         os.ftruncate(fd, RAM_SIZE)
@@ -151,19 +121,21 @@ class TranslatedRunner:
         platform = RunnerPlatform()
         self._engine = CaseEngine(fd, self._ram, platform, CpuModel(10**9, False, frozenset()), None)
         platform.engine = self._engine
+        self._engine.simulate = simulate
+        self._base = base
+        self._on_demand = on_demand
         self._next_pa = PAGE_DIRECTORY + PAGE_SIZE
-        self._frames: dict[int, Frame] = {}
-        self._present: dict[int, bool] = {}  # va -> writable
-        self._segments = {selector: parse(selector, raw) for selector, raw in DESCRIPTORS.items()}
+        self._frames: dict[int, Frame] = {}  # by linear address
+        self._present: dict[int, bool] = {}  # linear address -> writable
+        self._descriptors = _descriptors(base)
+        self._ldt = [entry._replace(base=entry.base + base & MASK).descriptor() for entry in LDT]
+        self._segments = {selector: parse(selector, raw) for selector, raw in self._descriptors.items()}
         for selector in (USER_CODE, USER_DATA):
-            self._segments[selector] = parse(selector, DESCRIPTORS[selector & ~3])
-        for number, entry in enumerate(LDT):
-            self._segments[ldt_selector(number)] = parse(ldt_selector(number), entry.descriptor())
+            self._segments[selector] = parse(selector, self._descriptors[selector & ~3])
+        for number, raw in enumerate(self._ldt):
+            self._segments[ldt_selector(number)] = parse(ldt_selector(number), raw)
         self._segments[0] = null(0)
         self._set_up_system()
-        if simulate:  # an armed breakpoint (never reached): every instruction runs in the simulator
-            self._engine.cpu.dr[0], self._engine.cpu.dr[7] = SYSTEM + PAGE_SIZE - 1, 0x401
-            self._engine.mode_changed()
 
     def _dword(self, pa: int, value: int) -> None:
         struct.pack_into("<I", self._ram, pa, value)
@@ -190,10 +162,10 @@ class TranslatedRunner:
         ram = self._ram
         for n in range(SYSTEM_PAGES):
             self._dword(self._frame_of(SYSTEM + n * PAGE_SIZE).entry_pa, n * PAGE_SIZE | P | RW)
-        for selector, raw in DESCRIPTORS.items():
+        for selector, raw in self._descriptors.items():
             struct.pack_into("<Q", ram, GDT - SYSTEM + selector, raw)
-        for number, entry in enumerate(LDT):
-            struct.pack_into("<Q", ram, LDT_VA - SYSTEM + 8 * number, entry.descriptor())
+        for number, raw in enumerate(self._ldt):
+            struct.pack_into("<Q", ram, LDT_VA - SYSTEM + 8 * number, raw)
         for vector in range(VECTORS):
             gate = pack_gate(INTERRUPT_GATE32, KERNEL_CODE, HANDLERS + vector, dpl=3)
             struct.pack_into("<Q", ram, IDT - SYSTEM + 8 * vector, gate)
@@ -206,8 +178,8 @@ class TranslatedRunner:
         cpu.cr4 = CR4_PSE | CR4_OSFXSR | CR4_OSXMMEXCPT
         cpu.gdt_base, cpu.gdt_limit = GDT, PAGE_SIZE - 1
         cpu.idt_base, cpu.idt_limit = IDT, 8 * VECTORS - 1
-        cpu.tr = parse(TASK, DESCRIPTORS[TASK])
-        cpu.ldtr = parse(LDT_AT, DESCRIPTORS[LDT_AT])
+        cpu.tr = parse(TASK, self._descriptors[TASK])
+        cpu.ldtr = parse(LDT_AT, self._descriptors[LDT_AT])
         self._engine.flush_tlb(True)
 
     # One case
@@ -219,41 +191,68 @@ class TranslatedRunner:
         engine = self._engine
         engine.caught = None
         engine.stopping = False
+        if self._on_demand:
+            wanted = {page.va + self._base & MASK: page.writable for page in case.pages}
+            engine.serve = lambda fault: self._serve(fault, wanted)
         engine.run()
+        engine.serve = None
+        assert not (engine.simulate and engine.exits), "translated code ran in the simulator's run"
         return self._outcome(case)
 
     def _place(self, case: Case, mixed: bool, clear_bits: bool) -> None:
         """Pages, page tables, and no translation left that depends on former contents."""
-        ram, contexts = self._ram, self._engine.contexts
-        wanted = {page.va: page.writable for page in case.pages}
+        base = self._base
+        wanted = {page.va + base & MASK for page in case.pages}
+        if self._on_demand:
+            wanted.clear()
         edited = False
         for va in [va for va in self._present if va not in wanted]:
             self._dword(self._frames[va].entry_pa, 0)
             del self._present[va]
             edited = True
         for page in case.pages:
-            frame = self._frame_of(page.va)
-            if clear_bits or self._present.get(page.va) != page.writable:
-                bits = P | US | (RW if page.writable else 0) | (0 if clear_bits else A | D)
-                self._dword(frame.entry_pa, frame.pa | bits)
-                self._present[page.va] = page.writable
+            va = page.va + base & MASK
+            frame = self._frames.get(va) or self._frame_of(va)
+            if self._on_demand:
+                pass
+            elif clear_bits or self._present.get(va) != page.writable:
+                self._grant(va, page.writable, 0 if clear_bits else A | D)
                 edited = True
-            number = frame.pa >> 12
-            if ram[frame.pa : frame.pa + PAGE_SIZE] != page.data:
-                ram[frame.pa : frame.pa + PAGE_SIZE] = page.data
-            contexts.code_written(number)
-            contexts.writes.pop(number, None)
-            if mixed:
-                contexts.code.mixed.add(number)
-            else:
-                contexts.code.mixed.discard(number)
+            if frame.held is not page.data:
+                self._fill(frame, page.data, mixed)
         if edited:
             self._engine.flush_tlb(True)
+
+    def _grant(self, va: int, writable: bool, bits: int) -> None:
+        frame = self._frames[va]
+        self._dword(frame.entry_pa, frame.pa | P | US | (RW if writable else 0) | bits)
+        self._present[va] = writable
+
+    def _fill(self, frame: Frame, data: bytes, mixed: bool) -> None:
+        contexts, number = self._engine.contexts, frame.pa >> 12
+        self._ram[frame.pa : frame.pa + PAGE_SIZE] = frame.held = data
+        contexts.code_written(number)
+        contexts.writes.pop(number, None)
+        if mixed:
+            contexts.code.mixed.add(number)
+        else:
+            contexts.code.mixed.discard(number)
+
+    def _serve(self, fault: GuestFault, wanted: dict[int, bool]) -> bool:
+        """What a kernel does on a page fault; False where the case has no such page or right."""
+        va = (fault.cr2 or 0) & -PAGE_SIZE
+        if va not in wanted or self._present.get(va):
+            return False
+        writes = bool((fault.error or 0) & ERR_WRITE)
+        if va in self._present and not (writes and wanted[va]):
+            return False
+        self._grant(va, writes and wanted[va], 0)
+        return True
 
     def _set_registers(self, case: Case) -> None:
         engine, segments = self._engine, self._segments
         cpu = engine.cpu
-        for index, selector in enumerate(case.selectors if case.cpl == 3 else KERNEL_FLAT):
+        for index, selector in enumerate(case.selectors if case.cpl == 3 else KERNEL_SELECTORS):
             segment = segments[selector]
             if cpu.seg[index] is not segment:
                 cpu.seg[index] = segment
@@ -280,19 +279,23 @@ class TranslatedRunner:
         if case.cpl == 0:
             fault = engine.caught
             if fault is None:
-                stop, eip = Stop("hlt"), eip - 1 & 0xFFFFFFFF
+                stop, eip = Stop("hlt"), eip - 1 & MASK
             else:
-                stop = Stop("fault", fault.vector, fault.error or 0, fault.cr2 or 0)
+                stop = self._fault_stop(fault.vector, fault.error or 0, fault.cr2 or 0)
         else:
             stop, eip, eflags = self._from_frame(regs, selectors)
         changed = {}
         for page in case.pages:
-            pa = self._frames[page.va].pa
-            data = self._ram[pa : pa + PAGE_SIZE]
+            frame = self._frames[page.va + self._base & MASK]
+            data = self._ram[frame.pa : frame.pa + PAGE_SIZE]
             if data != page.data:
                 changed[page.va] = data
+                frame.held = None
         fx = bytes(engine.record.b[at.FX : at.FX + FX_SIZE])
         return CpuState(stop, eip, tuple(regs), eflags, fx, changed, tuple(selectors))
+
+    def _fault_stop(self, vector: int, error: int, cr2: int) -> Stop:
+        return Stop("fault", vector, error, cr2 - self._base & MASK if vector == PAGE_FAULT else 0)
 
     def _from_frame(self, regs: list[int], selectors: list[int]) -> tuple[Stop, int, int]:
         """(stop, eip, eflags) from the ring-0 stack; puts the case's ESP, CS and SS into place."""
@@ -307,9 +310,9 @@ class TranslatedRunner:
             (error,) = struct.unpack_from("<I", self._ram, pa)
             pa += 4
         eip, selectors[CS], eflags, regs[ESP], selectors[SS] = struct.unpack_from("<5I", self._ram, pa)
-        if vector == 13 and self._byte_at(base_of(selectors[CS]) + eip & 0xFFFFFFFF) == HLT:
+        if vector == 13 and self._byte_at(base_of(selectors[CS]) + eip + self._base & MASK) == HLT:
             return Stop("hlt"), eip, eflags
-        return Stop("fault", vector, error, cpu.cr2 if vector == PAGE_FAULT else 0), eip, eflags
+        return self._fault_stop(vector, error, cpu.cr2), eip, eflags
 
     def _byte_at(self, va: int) -> int:
         frame = self._frames.get(va & -PAGE_SIZE)

@@ -22,6 +22,7 @@ import struct
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
+from tests.insn.low_memory import LowMemory, protect_text
 from tests.insn.segments import CS, DS, ES, FS, GS, LDT, SS, base_of
 from tests.insn.state import (
     AC,
@@ -71,6 +72,7 @@ HOST_RSP, HOST_FS, HOST_GS, SIGNAL, TICKS = 0, 8, 0x10, 0x18, 0x20
 REGS, EFLAGS, FAR_POINTER, FX = 0x40, 0x80, 0x88, 0x200
 SELECTORS, LAST_SELECTORS = 0xA0, 0xB0  # six words each: before; after (CS and SS are in the frame)
 FRAME, FRAME_FX = 0x400, 0x600  # what the frame said
+LOW = 0x900  # what low_memory hides
 FX_USED = FX_XMM + 16 * FX_XMM_COUNT  # further on: XMM8 and up, and the kernel's notes
 
 # Offsets in the kernel's ucontext: r8 at 40, then as in sigcontext.h.
@@ -83,6 +85,8 @@ ENTER = f"""
     {"; ".join(f"push {r}" for r in SAVED)}
     movabs rax, {REGION + RECORD}
     mov qword ptr [rax + {HOST_RSP}], rsp
+    {protect_text(REGION + RECORD + LOW, hide=True)}
+    movabs rax, {REGION + RECORD}
     rdfsbase rcx
     mov qword ptr [rax + {HOST_FS}], rcx
     rdgsbase rcx
@@ -140,6 +144,7 @@ stop:
     mov rcx, qword ptr [rax + {HOST_GS}]
     wrgsbase rcx
     mov rsp, qword ptr [rax + {HOST_RSP}]
+    {protect_text(REGION + RECORD + LOW, hide=False)}
     {"; ".join(f"pop {r}" for r in reversed(SAVED))}
     ret
 tick:
@@ -212,6 +217,7 @@ class NativeRunner:
         self._assemble()
         self._record = (ctypes.c_char * (PAGE_SIZE)).from_address(REGION + RECORD)
         self._enter = ctypes.PYFUNCTYPE(None)(REGION)
+        self._low = LowMemory()
         self._mapped: dict[int, bool] = {}  # va -> writable
         self._held: dict[int, bytes] = {}  # va -> what the page holds, where that is known
         stack = _Stack(REGION + ALT_STACK, 0, ALT_STACK_SIZE)
@@ -248,6 +254,8 @@ class NativeRunner:
         struct.pack_into("<QIH", self._record, EFLAGS, case.eflags | 0x202, case.eip, case.selectors[CS])
         struct.pack_into("<6H", self._record, SELECTORS, *case.selectors)
         struct.pack_into(f"{FX_SIZE}s", self._record, FX, case.fx)
+        low = self._low.table()
+        struct.pack_into(f"{len(low)}s", self._record, LOW, low)
         self._enter()
         return self._outcome(case)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from tests.insn.executors import Runner, make_runner
+from tests.insn.low_memory import fixed_addresses
 from tests.insn.state import Case, CpuState, Family, Stop
 
 ANSWER_SECONDS = 60.0
@@ -99,6 +100,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
+            preexec_fn=fixed_addresses,
         )
         assert process.stdout is not None
         try:

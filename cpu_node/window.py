@@ -5,7 +5,8 @@ user's only pages with U/S. A window is a cache of the page tables as a TLB is: 
 time, must be gone after INVLPG or a CR3 load, and are never wider than the guest's rights with A (and, for
 writing, D) set. Pages that hold translated code are mapped read-only.
 A space that was left is kept; `resync` compares the page-table pages it was filled from before it is used
-again.
+again. A page that is dropped is made inaccessible and remembered ("hidden"): guests often want it back as it
+was, and rights are changed at a quarter of the price of a mapping. Hidden pages are unmapped in bulk.
 Left out: mappings shared between windows; write tracking of page tables (comparing is cheaper than a fault).
 """
 
@@ -19,6 +20,7 @@ from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
 from cpu_node.watch import RIGHTS, Watch, claims_more
 
 _AHEAD = 64  # pages mapped along with one that faulted, at most
+_HIDDEN = 256  # pages of a window that are hidden, at most, before they are unmapped
 _free: list[int] = list(range(at.WINDOW_COUNT - 2, 0, -1))
 
 
@@ -61,6 +63,7 @@ class Window:
         self.code = code
         self.small: dict[int, tuple[int, bool, int]] = {}  # linear page -> (physical page, writable, entry)
         self.big: dict[int, tuple[int, bool, int]] = {}  # linear 4 MiB page -> (frame, writable, entry)
+        self.hidden: dict[int, int] = {}  # linear page -> physical page: still mapped, without any right
         host.reserve(self.ha, 1 << 32)
 
     def set_writable(self, va_page: int, pa_page: int, writable: bool) -> None:
@@ -72,24 +75,38 @@ class Window:
     def map_small(self, va_page: int, pa_page: int, count: int, writable: bool, entries: list[int]) -> None:
         """Map a run of pages, contiguous on both sides."""
         prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
-        host.map_file(self.ha + (va_page << 12), count << 12, prot, self.fd, pa_page << 12, True)
-        small, rmap = self.small, self.code.small
+        small, rmap, hidden = self.small, self.code.small, self.hidden
+        if count == 1 and hidden.get(va_page) == pa_page:
+            host.protect(self.ha + (va_page << 12), 4096, prot)
+        else:
+            host.map_file(self.ha + (va_page << 12), count << 12, prot, self.fd, pa_page << 12, True)
         for k in range(count):
             old = small.get(va_page + k)
             if old is not None and old[0] != pa_page + k:
-                rmap[old[0]].discard((self, va_page + k))
+                self._not_at(old[0], va_page + k)
             small[va_page + k] = (pa_page + k, writable, entries[k])
+            if hidden:
+                hidden.pop(va_page + k, None)
             where = rmap.get(pa_page + k)
             if where is None:
                 rmap[pa_page + k] = {(self, va_page + k)}
             else:
                 where.add((self, va_page + k))
 
+    def _not_at(self, pa_page: int, va_page: int) -> None:
+        """A physical page is no longer mapped there."""
+        where = self.code.small[pa_page]
+        where.discard((self, va_page))
+        if not where:
+            del self.code.small[pa_page]
+
     def map_big(self, va_big: int, frame: int, count: int, writable: bool, entries: list[int]) -> None:
         """Map `count` 4 MiB pages in one go; the last may end where RAM ends."""
         ha, pa = self.ha + (va_big << 22), frame << 22
         length = min(count << 22, self.memory.size - pa)
         prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
+        if self.hidden:
+            self._unmap_hidden()
         host.map_file(ha, length, prot, self.fd, pa, False)
         host.advise(ha, length, host.MADV_HUGEPAGE)
         for k in range(count):
@@ -102,13 +119,31 @@ class Window:
                 host.protect(ha + (page - first << 12), run << 12, host.PROT_READ)
 
     def drop_small(self, pages: Iterable[int]) -> None:
-        """Unmap pages, if they are mapped."""
-        small, rmap = self.small, self.code.small
+        """Hide pages, if they are mapped."""
+        small, hidden = self.small, self.hidden
         gone = sorted(p for p in pages if p in small)
         for va_page in gone:
-            rmap[small.pop(va_page)[0]].discard((self, va_page))
-        for va_page, run in _runs(gone):  # a quarter of what unmapping costs
+            pa_page = hidden[va_page] = small.pop(va_page)[0]
+            self._not_at(pa_page, va_page)
+        for va_page, run in _runs(gone):
             host.protect(self.ha + (va_page << 12), run << 12, host.PROT_NONE)
+        if len(hidden) > _HIDDEN:
+            self._unmap_hidden()
+
+    def _unmap_hidden(self) -> None:
+        """Each is a mapping of the host's; where nothing else lies between them one call unmaps many."""
+        taken = [*self.small]
+        for va_big in self.big:
+            taken += (va_big << 10, va_big << 10 | 0x3FF)  # nothing that begins outside reaches in
+        pages = sorted([*((page, True) for page in self.hidden), *((page, False) for page in taken)])
+        first = last = -1
+        for page, is_hidden in [*pages, (1 << 20, False)]:
+            if is_hidden:
+                first, last = page if first < 0 else first, page
+            elif first >= 0:
+                host.reserve(self.ha + (first << 12), last + 1 - first << 12)
+                first = -1
+        self.hidden.clear()
 
     def drop_big(self, va_big: int) -> None:
         """Unmap whatever a page-directory entry mapped."""
@@ -116,27 +151,51 @@ class Window:
         if old is not None:
             self.code.big[old[0]].discard((self, va_big))
             host.reserve(self.ha + (va_big << 22), 1 << 22)
+            for va_page in [p for p in self.hidden if p >> 10 == va_big]:
+                del self.hidden[va_page]
         if self.small:
             first = va_big << 10
             self.drop_small([p for p in range(first, first + 1024) if p in self.small]
                             if len(self.small) > 1024 else [p for p in self.small if p >> 10 == va_big])
 
-    def outdated(self, va_page: int, pte: int) -> bool:
-        """Does the mapping of a page, made from an older entry, claim more than `pte` grants?"""
-        old = self.small.get(va_page)
-        if old is None:
-            return False
-        return bool(pte >> 12 != old[0] or old[2] & ~pte & (P | RW | US | A) or (old[1] and not pte & D))
+    def update(self, changed: Iterable[tuple[int, int]]) -> None:
+        """Take from mappings, made from older entries, what entries (linear page, entry) no longer grant.
+
+        One that has lost nothing but the right to write stays readable: that is what fork does to all pages.
+        """
+        small, gone, kept = self.small, [], []
+        for va_page, pte in changed:
+            old = small.get(va_page)
+            if old is None:
+                continue
+            pa_page, writable, entry = old
+            if pte >> 12 != pa_page or entry & ~pte & (P | US | A):
+                gone.append(va_page)
+            elif entry & ~pte & RW or (writable and not pte & D):
+                small[va_page] = (pa_page, False, entry & (pte | ~(RW | D)))
+                if writable:
+                    kept.append(va_page)
+        if kept:
+            for va_page, run in _runs(sorted(kept)):
+                host.protect(self.ha + (va_page << 12), run << 12, host.PROT_READ)
+        if gone:
+            self.drop_small(gone)
+
+    def mappings(self) -> int:
+        """Host mappings, at most: each page is one, and so is the nothing between two pages."""
+        small, hidden = self.small, self.hidden
+        gaps = sum(p - 1 not in small and p - 1 not in hidden for pages in (small, hidden) for p in pages)
+        return len(small) + len(hidden) + gaps + 2 * len(self.big) + 1
 
     def clear(self) -> None:
         """Unmap all."""
-        rmap = self.code.small
         for va_page, (pa_page, _, _) in self.small.items():
-            rmap[pa_page].discard((self, va_page))
+            self._not_at(pa_page, va_page)
         for va_big, (frame, _, _) in self.big.items():
             self.code.big[frame].discard((self, va_big))
         self.small.clear()
         self.big.clear()
+        self.hidden.clear()
         host.reserve(self.ha, 1 << 32)
 
     def close(self) -> None:
@@ -180,8 +239,8 @@ class Space:
         return (self.kernel,) if self._user is None else (self.kernel, self._user)
 
     def mappings(self, split: int) -> int:
-        """Estimate of host mappings held; `split`: what CodePages.splits says."""
-        return sum(len(w.small) + 2 * len(w.big) + (split if w.big else 0) for w in self.windows) + 2
+        """Host mappings held, at most; `split`: what CodePages.splits says."""
+        return sum(w.mappings() + (split if w.big else 0) for w in self.windows)
 
     def fill(self, walker: Walker, va: int, write: bool, user: bool) -> bool:
         """Map what `va` needs. False: no RAM there. Raises GuestFault."""
@@ -277,8 +336,7 @@ class Space:
             elif va_page in window.small:
                 pde = memory.entry(self.cr3 + 4 * va_big)
                 pte = memory.entry((pde & FRAME) + (va_page & 0x3FF) * 4) if pde & P and not pde & PS else 0
-                if window.outdated(va_page, pte & (pde | ~(RW | US))):
-                    window.drop_small((va_page,))
+                window.update(((va_page, pte & (pde | ~(RW | US))),))
 
     def resync(self) -> tuple[list[tuple[int, int]], list[int]]:
         """Drop what the page tables no longer say; returns what Watch.changes found."""
@@ -290,7 +348,7 @@ class Space:
                 window.drop_big(va_big)
         if pages:
             for window in self.windows:
-                window.drop_small([page for page, new in pages if window.outdated(page, new)])
+                window.update(pages)
         return pages, bigs
 
     def close(self) -> None:

@@ -369,18 +369,19 @@ class Contexts:
 
     def fill(self, va: int, write: bool, user: bool, line: Line | None) -> Filled:
         """Map what a data access at `va` needs, for an instruction of `line`. Raises GuestFault."""
-        space, walker = self.space, self.walker
         self.fills += 1
-        self._changed_windows(1)
+        self._until_count -= 1
+        if self._until_count <= 0:
+            self._changed_windows(0)
+        walked = self.walker.walk(va, write, user)
         filled = Filled.MAPPED
         if write:
-            pa, _, _, _ = walker.walk(va, True, user)
-            pa_page = pa >> 12
+            pa_page = walked[0] >> 12
             if pa_page in self.code.lines and pa_page not in self.code.mixed:
                 if line is None or pa_page in line.pa_pages:
                     filled = Filled.OWN_PAGE
                 self.code_written(pa_page)
-        return filled if space.fill(walker, va, write, user) else Filled.NO_MEMORY
+        return filled if self.space.fill(self.walker, va, write, user, walked) else Filled.NO_MEMORY
 
 
 def _drop_unless(table: Table, va_page: int, pa_page: int) -> None:

@@ -95,10 +95,11 @@ class Window:
 
     def _not_at(self, pa_page: int, va_page: int) -> None:
         """A physical page is no longer mapped there."""
-        where = self.code.small[pa_page]
-        where.discard((self, va_page))
-        if not where:
-            del self.code.small[pa_page]
+        rmap = self.code.small
+        if len(rmap[pa_page]) == 1:
+            del rmap[pa_page]
+        else:
+            rmap[pa_page].discard((self, va_page))
 
     def map_big(self, va_big: int, frame: int, count: int, writable: bool, entries: list[int]) -> None:
         """Map `count` 4 MiB pages in one go; the last may end where RAM ends."""
@@ -242,9 +243,10 @@ class Space:
         """Host mappings held, at most; `split`: what CodePages.splits says."""
         return sum(w.mappings() + (split if w.big else 0) for w in self.windows)
 
-    def fill(self, walker: Walker, va: int, write: bool, user: bool) -> bool:
-        """Map what `va` needs. False: no RAM there. Raises GuestFault."""
-        pa, entry, entry_pa, size = walker.walk(va, write, user)
+    def fill(self, walker: Walker, va: int, write: bool, user: bool, walked: tuple[int, int, int, int]
+             ) -> bool:
+        """Map what `va` needs, `walked` being what the walker found. False: no RAM there."""
+        pa, entry, entry_pa, size = walked
         if pa >= self.memory.size:
             return False
         window = self.user if user else self.kernel
@@ -293,35 +295,35 @@ class Space:
     def _fill_small(self, window: Window, walker: Walker, va: int, pa: int, entry: int, entry_pa: int,
                     may_write: bool, write: bool) -> None:
         self.watch.add(va, entry_pa, walker.cr3)
-        table = entry_pa & FRAME
         va_page, pa_page = va >> 12, pa >> 12
         code = self.code
-        writable = may_write and not code.protected(pa_page)
+        writable = may_write and (pa_page not in code.lines or pa_page in code.mixed)
         old = window.small.get(va_page)
         if old is not None and old[0] == pa_page:
             if old[1] != writable:
                 window.small[va_page] = (pa_page, old[1], entry)
                 window.set_writable(va_page, pa_page, writable)
             return
-        # neighbours above, while contiguous and already accessed (and dirty, if this one is writable)
         entries = [entry]
-        need = entry & (RIGHTS & ~PS) | A | (D if may_write else 0)
-        dwords = self.memory.dwords
-        index, limit = entry_pa >> 2, (table >> 2) + 1024
-        last = self.memory.size >> 12
-        while len(entries) < _AHEAD and index + len(entries) < limit:
-            k = len(entries)
+        dwords, index = self.memory.dwords, entry_pa >> 2
+        if index & 1023 != 1023 and dwords[index + 1] >> 12 == pa_page + 1 and (writable or not may_write):
+            self._neighbours(window, entries, va_page, pa_page, index, may_write)
+            if len(entries) > 1:
+                self.watch.add(va, entry_pa, walker.cr3, len(entries))
+        window.map_small(va_page, pa_page, len(entries), writable, entries)
+
+    def _neighbours(self, window: Window, entries: list[int], va_page: int, pa_page: int, index: int,
+                    may_write: bool) -> None:
+        """Add pages above, while contiguous and already accessed (and dirty, if this one is writable)."""
+        code, dwords, last = self.code, self.memory.dwords, self.memory.size >> 12
+        need = entries[0] & (RIGHTS & ~PS) | A | (D if may_write else 0)
+        for k in range(1, min(_AHEAD, 1024 - (index & 1023))):
             pte = int(dwords[index + k])
             if (pte >> 12 != pa_page + k or pte & need != need or pa_page + k >= last
                     or va_page + k in window.small or code.protected(pa_page + k)
                     or (not may_write and pte & D)):
                 break
             entries.append(pte)
-        if write and not writable and may_write:
-            entries = entries[:1]
-        if len(entries) > 1:
-            self.watch.add(va, entry_pa, walker.cr3, len(entries))
-        window.map_small(va_page, pa_page, len(entries), writable, entries)
 
     def invlpg(self, va: int) -> None:
         """Drop what maps `va` beyond what its page-table entries say now."""

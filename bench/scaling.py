@@ -26,7 +26,7 @@ from cpu_node import layout as at
 
 BUSY_S = 20.0
 STORM = ("i=0; while :; do /bin/busybox true; /bin/busybox ls / >/dev/null; (:); i=$((i+1)); "
-         "[ $((i%50)) = 0 ] && echo ROUND $i; done\n")
+         "[ $((i%10)) = 0 ] && echo ROUND $i; done\n")
 # What lies where in the CPU node's address space, lowest address first.
 AREAS = (("other", 0), ("code", at.CODE), ("other", at.RECORD), ("windows", at.WINDOWS),
          ("tables", at.TABLES), ("other", at.TABLES + at.TABLE_COUNT * at.TABLE_SIZE))

@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint conformance boots bench bench-boot bench-scaling soak profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance fuzz boots bench bench-boot bench-scaling soak profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -19,6 +19,7 @@ help:
 	@echo "make boots       20 boots in a row, with 64 MiB to 1 GiB, with APICs and without"
 	@echo "make lint        ruff and mypy"
 	@echo "make conformance 5 million random instructions against the host CPU (CASES=, SEED=, OUT=)"
+	@echo "make fuzz        coverage-guided fuzzing of decoder and translator for SECONDS=60 (needs atheris)"
 	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make bench-scaling  boot time and memory for guests of 64 MiB, 512 MiB and 2 GiB"
@@ -61,6 +62,14 @@ test: lint
 conformance: OUT ?= $(if $(CASES),build,docs)/conformance.md
 conformance: setup
 	@$(PY) -m tests.insn.conform $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED)) --out $(OUT)
+
+SECONDS ?= 60
+
+# A hang is an end, too: the input is then the one in build/fuzz-current.
+fuzz: setup
+	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	@timeout --kill-after=5 $$(($(SECONDS) + 120)) $(PY) -m tests.fuzz.run_atheris -max_total_time=$(SECONDS) || \
+	    { echo "fuzz: the last input is in build/fuzz-current; try: $(PY) -m tests.fuzz build/fuzz-current" >&2; exit 1; }
 
 boots: guest
 	@BOOTS=20 $(PY) -m pytest -s tests/machine/test_boots.py -k in_a_row

@@ -96,7 +96,8 @@ class BoardEngine(Engine):
 class Board:
     """Implements cpu_node.platform.Platform."""
 
-    def __init__(self, memory: int = RAM, with_apic: bool = False) -> None:
+    def __init__(self, memory: int = RAM, with_apic: bool = False,
+                 engine: type[BoardEngine] = BoardEngine) -> None:
         self.fd = os.memfd_create("board")
         os.ftruncate(self.fd, memory)
         self.ram = mmap.mmap(self.fd, memory)
@@ -118,7 +119,7 @@ class Board:
         self.alarms: list[int | None] = []
         model = CpuModel(tsc_hz=2_000_000_000, has_apic=with_apic, host=frozenset(HOST_FLAGS))
         apic = LocalApic(0, model.crystal_hz, model.tsc_hz, self.now_ns) if with_apic else None
-        self.engine = BoardEngine(self.fd, self.ram, self, model, apic)
+        self.engine = engine(self.fd, self.ram, self, model, apic)
         self.engine.board = self
         self.cpu = self.engine.cpu
         self.regs = self.cpu.regs

@@ -16,7 +16,7 @@ from cpu_node.emit import Templates
 from cpu_node.kept import MAX_CODE, Key, key_of, pack, take_over
 from cpu_node.line import Chunk, Line
 from cpu_node.store import Store
-from cpu_node.translate import Translation, translate
+from cpu_node.translate import Translation, renew, translate
 
 SINGLE = at.CODE_FIRST  # 4 KiB for one instruction at a time (single.py)
 FIRST = at.CODE_FIRST + 0x1000
@@ -64,6 +64,18 @@ class CodeCache:
         self.instructions += len(made.chunk.hosts)
         self.translations += 1
         return made
+
+    def renew(self, line: Line, offset: int, text: bytes) -> bool:
+        """An instruction of a verifying line is now `text`: put that in its place, if it fits there."""
+        line.unfold()
+        place, templates = line.host.get(offset), self.templates.get(line.mode)
+        if place is None or templates is None:
+            return False
+        code = renew(line, offset, text, templates)
+        if code is None:
+            return False
+        self.code[place : place + len(code)] = code
+        return True
 
     def take_over(self, line: Line) -> bool:
         """Fill a new line from the store, if that has what fits."""

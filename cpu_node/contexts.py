@@ -12,10 +12,10 @@ from enum import Enum, auto
 
 from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
-from cpu_node.decode import decode
+from cpu_node.decode import MAX_LENGTH, decode
 from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
-from cpu_node.line import PAGE, Line, page_line, single_line
+from cpu_node.line import PADDING, PAGE, Line, page_line, single_line
 from cpu_node.paging import FRAME, PS, US, P, PhysicalMemory, Walker
 from cpu_node.watch import Watch, claims_more
 from cpu_node.window import CodePages, Space
@@ -323,6 +323,12 @@ class Contexts:
 
     def stale(self, va: int) -> None:
         """A self-verifying translation found other bytes at `va`."""
+        line, offset = self.table.lines.get(va >> 12), va & 0xFFF
+        if line is not None:
+            start = line.pa_pages[0] << 12 | offset
+            text = self.memory.ram[start : start + min(PAGE - offset, MAX_LENGTH)] + PADDING
+            if self.cache.renew(line, offset, text):
+                return
         pa_page = self._fetch(va)
         self.code_written(pa_page)
         if (va & 0xFFF) > 0xFF0:

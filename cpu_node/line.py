@@ -44,6 +44,7 @@ class Line:
     stored: int = 0  # how many of its chunks the store has
     devices: set[int] = field(default_factory=set)  # offsets whose operands are devices: simulated at once
     simulated: dict[int, Simulated] = field(default_factory=dict)  # by offset
+    alone: dict[int, int] = field(default_factory=dict)  # offset -> len(host) when nothing overlapped it
 
     def unfold(self) -> None:
         """Enter what was taken over from the store into `host` and `waiting`."""

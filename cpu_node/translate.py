@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
+from cpu_node.decode import MAX_LENGTH
 from cpu_node.emit import (
     CALL,
     END,
@@ -32,6 +33,7 @@ from cpu_node.emit import (
     STOP,
     STORE_IMM,
     WINDOW,
+    Leaf,
     Templates,
 )
 from cpu_node.line import Chunk, Line
@@ -69,6 +71,43 @@ def check_source(line: Line, offset: int, length: int) -> bytes:
         out += b"\xe3\x02\xeb\x02\xeb" + bytes((len(stale),)) + stale
         at += size
     return out + b"\x44\x89\xc9"
+
+
+def leaf_at(templates: Templates, code: bytes, offset: int) -> Leaf:
+    """The template of one instruction (translate has this inline)."""
+    node, i = templates.root[code[offset]], offset
+    while node.__class__ is list:
+        i += 1
+        node = node[code[i]]
+    leaf: Leaf = templates.lookup(code, offset) if node is None else node
+    return leaf
+
+
+def renew(line: Line, offset: int, text: bytes, templates: Templates) -> bytes | None:
+    """New host code, as long as the old, for an instruction of a verifying line that is `text` by now.
+
+    The line takes the new bytes over. None where more than displacement and immediate changed, the
+    instruction is no plain one, or another one that is translated overlaps it.
+    """
+    code, host = line.code, line.host
+    if not line.verify or offset in line.devices:
+        return None
+    leaf = leaf_at(templates, text, 0)
+    kind, n, skip, pre, post, _ = leaf
+    old = code[offset : offset + n]
+    if (kind not in (PLAIN, PLAIN_POST) or offset + n > line.size or text[:n] == old
+            or leaf_at(templates, code, offset) is not leaf):
+        return None
+    if line.alone.get(offset) != len(host):
+        if any(o in host for o in range(offset + 1, offset + n)):
+            return None
+        before = [o for o in range(max(0, offset - MAX_LENGTH + 1), offset) if o in host]
+        if any(o + leaf_at(templates, code, o)[1] > offset for o in before):
+            return None
+        line.alone[offset] = len(host)
+    line.code = code[:offset] + text[:n] + code[offset + n :]
+    body: bytes = pre + text[skip:n] if skip else pre
+    return check_source(line, offset, n) + body + (post if kind == PLAIN_POST else b"")
 
 
 def translate(line: Line, start: int, templates: Templates, position: int,

@@ -395,3 +395,49 @@ def test_mixed_begins_after_a_few_writes() -> None:
     board.run(f"mov ecx, {MIXED_AFTER + 1}\nagain: mov byte ptr [data], cl\nloop again\nhlt\ndata: nop")
     assert CODE >> 12 in board.engine.contexts.code.mixed
 
+
+@isolated
+def test_patched_immediate_is_renewed_in_place() -> None:
+    """A constant that is changed before each use costs no translation each time."""
+    board = aliased_board()
+    board.load("nop\nmov eax, 1\nadd eax, 5\nret", CODE + 0x1000)
+    board.run(f"""
+        mov esi, {CODE + 0x1000:#x}
+        mov ecx, 1000
+    again:
+        mov [esi+2], ecx
+        mov byte ptr [esi+8], cl
+        and byte ptr [esi+8], 0x7f
+        call esi
+        add ebx, eax
+        loop again
+        hlt""")
+    assert board.regs[EBX] == sum(n + (n & 0x7F) for n in range(1, 1001))
+    assert board.exits(at.EXIT_STALE) > 1900
+    assert board.engine.contexts.cache.translations < 60
+
+
+@isolated
+def test_patched_opcodes_and_immediates_in_turns() -> None:
+    """What may be renewed and what must be translated anew, mixed at random."""
+    same(f"""
+        mov esi, {CODE + 0x1000:#x}
+        mov word ptr [esi+5], 0xc390
+        mov ecx, 400
+        mov edx, 12345
+    again:
+        imul edx, edx, 0x41c64e6d
+        add edx, 12345
+        mov edi, edx
+        shr edi, 20
+        and edi, 7
+        mov al, [choices+edi]
+        mov [esi], al
+        mov [esi+1], edx
+        mov eax, edi
+        call esi
+        add ebx, eax
+        loop again
+        hlt
+    choices:
+        .byte 0xb8, 0xb8, 0xb8, 0x05, 0x05, 0x2d, 0x35, 0x25""")

@@ -14,7 +14,7 @@ from cpu_node import mode as modes
 from cpu_node.decode import TooLong, Undefined, decode
 from cpu_node.emit import JUMP_R8, MOV_R8, Templates
 from cpu_node.line import PAGE, Line, page_line, single_line
-from cpu_node.translate import MAX_INSTRUCTIONS, Translation, check_source, translate
+from cpu_node.translate import MAX_INSTRUCTIONS, Translation, check_source, leaf_at, renew, translate
 from tests.cpu_node.board import asm
 
 VA = 0x8000_0000
@@ -168,3 +168,73 @@ def test_checks_cover_every_byte() -> None:
                 compared += expected.to_bytes(4, "little")[:width]
             at += size
         assert compared == page[:length]
+
+
+CHANGED = {
+    "immediate": ("mov eax, 1", "mov eax, 0x12345678"),
+    "displacement": ("mov eax, [0x1000]", "mov eax, [0x2000]"),
+    "both": ("mov dword ptr [esi+0x1000], 1", "mov dword ptr [esi+0x7000], 9"),
+    "byte": ("add bl, 1", "add bl, 0x7f"),
+    "pushed": ("push 0x1234", "push 0x4321"),
+    "SSE": ("pshufd xmm0, xmm1, 3", "pshufd xmm0, xmm1, 7"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_renewed_instruction_is_what_a_new_translation_makes(name: str) -> None:
+    old, new = (asm(f"nop\n{text}\nnop\nret", VA) for text in CHANGED[name])
+    templates = Templates(0)
+    line, fresh = _line(old, verify=True), _line(new, verify=True)
+    made = translate(line, 0, templates, POSITION)
+    wanted = translate(fresh, 0, templates, POSITION)
+    code = renew(line, 1, new[1:].ljust(32, b"\0"), templates)
+    assert code is not None
+    place = line.host[1] - POSITION
+    assert made.code[:place] + code + made.code[place + len(code) :] == wanted.code
+    assert line.code[: len(new)] == new
+
+
+REFUSED = {
+    "nothing changed": ("mov eax, 1", "mov eax, 1"),
+    "another register": ("mov eax, 1", "mov ecx, 1"),
+    "another length": ("add ebx, 1", "add ebx, 0x12345678"),
+    "a jump": ("jz 0x80000010", "jz 0x80000018"),
+    "a call": ("call 0x80000010", "call 0x80000018"),
+    "the simulator's": ("int 0x80", "int 0x81"),
+    "undefined": ("mov eax, 1", ".byte 0x0f, 0xff"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_renewed(name: str) -> None:
+    old, new = (asm(f"nop\n{text}\nnop\nret", VA) for text in REFUSED[name])
+    line, templates = _line(old, verify=True), Templates(0)
+    translate(line, 0, templates, POSITION)
+    before = line.code
+    assert renew(line, 1, new[1:].ljust(32, b"\0"), templates) is None
+    assert line.code == before
+
+
+@pytest.mark.parametrize("other", [2, 0])
+def test_instruction_that_another_overlaps_is_not_renewed(other: int) -> None:
+    """Code that is entered in the middle of an instruction: one change is a change of two."""
+    code = b"\xb0\xb8\x90\x90\x90\x90\xc3"  # mov al, 0b8h, then nops; or mov eax, imm32 at 1
+    line, templates = _line(code, verify=True), Templates(0)
+    translate(line, 1, templates, POSITION)
+    text = (b"\xb8\x91\x90\x90\x90" if other == 2 else b"\xb8\x90\x90\x90\x91") + bytes(16)
+    translate(line, other, templates, POSITION + 0x1000)
+    assert renew(line, 1, text, templates) is None
+
+
+def test_what_no_check_guards_is_not_renewed() -> None:
+    line, templates = _line(asm("mov eax, 1\nret", VA)), Templates(0)
+    translate(line, 0, templates, POSITION)
+    assert renew(line, 0, asm("mov eax, 2\nret", VA).ljust(32, b"\0"), templates) is None
+
+
+def test_leaf_at_finds_what_translate_uses() -> None:
+    code = asm("lock add dword ptr [eax*4+ebx+0x1000], 5\nmov eax, 1\nret", VA).ljust(64, b"\0")
+    templates = Templates(0)
+    first = leaf_at(templates, code, 0)
+    assert leaf_at(templates, code, 0) is first
+    assert leaf_at(templates, code, first[1])[1] == 5

@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import acpi_tables
+from launcher import acpi_tables, mp_table
 from launcher.boot_plan import (
     BDA_PA,
     BOOT_GDT,
@@ -130,6 +130,9 @@ def prepare_linux(config: MachineConfig, boot: LinuxBoot) -> BootPlan:
     if machine is not None:
         rsdp_pa, tables = acpi_tables.build(machine)
         images.append((rsdp_pa, tables))
+        if machine.ioapic_pa is not None and machine.ioapic_id is not None:
+            area = mp_table.extended_bios_data_area(machine, machine.ioapic_pa, machine.ioapic_id)
+            images.append((EBDA_PA, area))
     e820 = memory_map(memory_end)
     images.append((ZERO_PAGE_PA, zero_page(header, e820, (initrd_pa, initrd_size), rsdp_pa)))
     return BootPlan(images, start_state(header.code32_start, STACK_PA, ZERO_PAGE_PA), e820)

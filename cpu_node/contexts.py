@@ -253,7 +253,8 @@ class Contexts:
             if self.device_sites:
                 sites = self.device_sites.items()
                 line.devices = {o for (page, o), n in sites if page == pa_page and n >= DEVICE_AFTER}
-            self.cache.take_over(line)
+            if self.writes[pa_page] <= MIXED_AFTER:  # what is written anew all the time is new each time
+                self.cache.take_over(line)
             self._register(line)
         self.table.add(line)
         return line

@@ -10,6 +10,7 @@ Left out: anything but x86 byte order.
 from __future__ import annotations
 
 import struct
+import zlib
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from cpu_node.line import Chunk, Line
 
 _HEAD = struct.Struct("<IHBBHHIIIIII")
 _VERIFY, _SINGLE = 1, 2
-_LOOK = 30  # guest bytes from an instruction's start on: all that it, and one behind it, may depend on
+_BLOCK = 32  # an instruction, and what is looked at behind it, depend on bytes of its block and the next
+_PROBE = 64  # guest bytes, at most, that a probe is of
 MAX_CODE = 1 << 19  # bytes of host code in a record
 
 Key = tuple[int, int, int]  # linear address, mode, kind
+Probe = tuple[int, int, int]  # offset, length, CRC-32 of the first guest bytes: others mostly differ there
 
 
 def key_of(line: Line) -> Key:
@@ -129,6 +132,14 @@ def unpack(record: bytes) -> Kept:
                 devices, record[code_at:])
 
 
+def label(record: bytes) -> tuple[Key, Probe]:
+    """What an index says of a record of `pack`."""
+    va, mode, kind, _, _, _, n_source, _, _, _, _, n_code = _HEAD.unpack_from(record)
+    start, end = struct.unpack_from("<HH", record, _HEAD.size)
+    length, source_at = min(end - start, _PROBE), len(record) - n_code - n_source
+    return (va, mode, kind), (start, length, zlib.crc32(record[source_at : source_at + length]))
+
+
 def take_over(kept: Kept, line: Line, position: int) -> Chunk:
     """Makes a fitting record the line's translation, its code to be put at `position` of the code cache."""
     chunk = Chunk(line, position, position + len(kept.code), kept.hosts, kept.offsets, kept.jumps)
@@ -147,11 +158,12 @@ def _ranges(offsets: array[int], size: int) -> array[int]:
     """Where the guest bytes lie that these instructions, and what follows each, may depend on."""
     ranges = array("H")
     end = -1
-    for offset in sorted(offsets):
-        if offset > end:
+    for block in sorted({offset // _BLOCK for offset in offsets}):
+        start = block * _BLOCK
+        if start > end:
             if end >= 0:
-                ranges.append(min(end, size))
-            ranges.append(offset)
-        end = offset + _LOOK
-    ranges.append(min(end, size))
+                ranges.append(end)
+            ranges.append(start)
+        end = min(start + 2 * _BLOCK, size)
+    ranges.append(end)
     return ranges

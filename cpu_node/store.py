@@ -30,7 +30,7 @@ from pathlib import Path
 
 import keystone
 
-from cpu_node.kept import Kept, Key, key_of, unpack
+from cpu_node.kept import Kept, Key, Probe, key_of, label, unpack
 from cpu_node.line import Line
 
 LIMIT = 192 << 20  # bytes of all files
@@ -39,8 +39,8 @@ MOST_ALIKE = 32  # records with one key that are compared
 SUFFIX = ".kept"
 _A_DAY = 86_400
 _HEADER = struct.Struct("<8s32sQII")  # magic, version, index offset, entries, checksum of the index
-_ENTRY = struct.Struct("<IHHQIII")  # key, offset, length, checksum, last use in seconds
-_MAGIC = b"BPKEPT\x01\n"
+_ENTRY = struct.Struct("<IHHQIIIHHI")  # key, offset, length, checksum, last use in seconds, probe
+_MAGIC = b"BPKEPT\x02\n"
 _serial = itertools.count()
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class _Entry:
     length: int
     checksum: int
     stamp: int
+    probe: Probe
 
 
 class Refused(Exception):
@@ -124,8 +125,11 @@ class Store:
 
     def find(self, line: Line) -> Kept | None:
         """A record that fits the line's bytes as they are."""
-        entries = self._index.get(key_of(line), ())
-        for entry in entries[:-MOST_ALIKE - 1:-1]:
+        code = line.code
+        for entry in self._index.get(key_of(line), ())[: -MOST_ALIKE - 1 : -1]:
+            offset, length, crc = entry.probe
+            if zlib.crc32(code[offset : offset + length]) != crc:
+                continue
             kept = self._kept(entry)
             if kept is not None and kept.fits(line):
                 self.hits += 1
@@ -197,8 +201,8 @@ class Store:
         name = f"{int(self._now_s()):012x}-{os.getpid():x}-{next(_serial):x}"
         at, entries = _HEADER.size, []
         for record, stamp in records:
-            va, mode, kind = unpack(record).key
-            entries.append(_ENTRY.pack(va, mode, kind, at, len(record), zlib.crc32(record), stamp))
+            key, probe = label(record)
+            entries.append(_ENTRY.pack(*key, at, len(record), zlib.crc32(record), stamp, *probe))
             at += len(record)
         index = b"".join(entries)
         header = _HEADER.pack(_MAGIC, self.tag, at, len(entries), zlib.crc32(index))
@@ -316,5 +320,5 @@ def _read_index(file: _File, tag: bytes) -> list[_Entry]:
     index = os.pread(file.fd, count * _ENTRY.size, start)
     if zlib.crc32(index) != checksum or len(index) != count * _ENTRY.size:
         raise Refused(f"{file.name}: its index is damaged")
-    return [_Entry(file, (va, mode, kind), offset, length, crc, stamp)
-            for va, mode, kind, offset, length, crc, stamp in _ENTRY.iter_unpack(index)]
+    return [_Entry(file, (va, mode, kind), offset, length, crc, stamp, (first, size, probe))
+            for va, mode, kind, offset, length, crc, stamp, first, size, probe in _ENTRY.iter_unpack(index)]

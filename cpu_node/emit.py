@@ -249,7 +249,8 @@ class Templates:
         if self._is_segmented(insn):
             if "Gb" in row.operands and insn.reg >= 4:
                 return self._simulate(insn)  # AH..BH can't be named with the REX prefix that r8 needs
-            return self._segmented(insn, b"\x65" + head + b"\x41" + op + bytes((insn.reg << 3,)))
+            gs = WINDOW if row.action == "bitstring" else b"\x65"  # its bit may lie 256 MiB from r8
+            return self._segmented(insn, gs + head + b"\x41" + op + bytes((insn.reg << 3,)))
         return self._make(insn, WINDOW + head + op + modrm_bytes(insn, insn.reg))
 
     _bitstring = _copy

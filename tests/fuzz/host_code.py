@@ -28,6 +28,7 @@ from cpu_node.translate import Translation
 STRINGS = frozenset(
     name + size for name in ("movs", "cmps", "stos", "lods", "scas") for size in "bwdq"
 )  # fmt: skip
+BIT_TESTS = frozenset(("bt", "bts", "btr", "btc"))
 LOAD_RSP = "rsp, qword ptr [r15]"
 assert at.HOST_RSP == 0
 GS_PREFIX, ADDRESS_32 = 0x65, 0x67
@@ -119,7 +120,8 @@ def _operands(insn: capstone.CsInsn, narrow: bool) -> Iterator[str]:
         mem = op.mem
         base, index = (insn.reg_name(r) if r else "" for r in (mem.base, mem.index))
         if mem.segment == x86.X86_REG_GS:
-            if not (_has_address_32(insn) or (narrow and (base, index, mem.disp) == ("r8", "", 0))):
+            exact = narrow and (base, index, mem.disp) == ("r8", "", 0) and not _is_bit_string(insn)
+            if not (_has_address_32(insn) or exact):
                 yield "a 64-bit address"
             continue
         in_record = (base, index) == ("r15", "") and 0 <= mem.disp < at.RECORD_SIZE
@@ -130,6 +132,11 @@ def _operands(insn: capstone.CsInsn, narrow: bool) -> Iterator[str]:
     implicit = insn.mnemonic in ("xlatb", "maskmovq", "maskmovdqu")
     if implicit and not explicit and not (GS_PREFIX in insn.bytes[:4] and _has_address_32(insn)):
         yield "not through the window"
+
+
+def _is_bit_string(insn: capstone.CsInsn) -> bool:
+    """BT and relatives with the bit's number in a register: it is added to the address."""
+    return insn.mnemonic.split()[-1] in BIT_TESTS and insn.operands[1].type == x86.X86_OP_REG
 
 
 def _has_address_32(insn: capstone.CsInsn) -> bool:

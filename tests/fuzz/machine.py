@@ -62,6 +62,7 @@ class Outcome:
     fx: bytes
     faults: tuple[Fault, ...]
     ram: dict[int, bytes]  # by address: REGIONS
+    own_tables: bool  # the guest has changed its page tables, or where they are
 
 
 class Machine:
@@ -117,7 +118,8 @@ class Machine:
             without_marks(ram[0][tables]) != without_marks(self._pristine[tables])
         )
         eflags = cpu.eflags & DIRECTION_AND_MORE
-        return Outcome(end, cpu.eip, eflags, tuple(board.regs), fx, tuple(board.faults), ram)
+        regs, faults = tuple(board.regs), tuple(board.faults)
+        return Outcome(end, cpu.eip, eflags, regs, fx, faults, ram, self._strayed)
 
     def _prepare(self, case: FuzzCase) -> None:
         board, engine = self.board, self.board.engine

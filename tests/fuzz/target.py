@@ -98,6 +98,8 @@ def check_execution(machine: Machine, case: FuzzCase, first: Insn | type[Excepti
             raise Broken(f"{how}, {name}: {wrong}")
     if "time" in (translated.end, simulated.end):
         return
+    if translated.own_tables or simulated.own_tables:
+        return  # and what was cached of them may or may not be used
     wrong = differences(case, translated, simulated)
     if wrong:
         raise Broken(f"{name}: translated and simulated differ: " + "; ".join(wrong))

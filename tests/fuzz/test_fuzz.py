@@ -153,6 +153,7 @@ def _translated(case: FuzzCase) -> tuple[Translation, object]:
         ("89 03", "not through the window"),  # mov [rbx], eax
         ("65 89 03", "a 64-bit address"),  # mov gs:[rbx], eax
         ("65 41 89 00", "a 64-bit address"),  # mov gs:[r8], eax, and r8 may be anything
+        ("44 8d 00 65 41 0f bb 18", "a 64-bit address"),  # lea r8d, [rax]; btc gs:[r8], ebx
         ("aa", "not in the window"),  # stosb, RDI as it is
         ("50", "the guest's stack"),  # push rax
         ("c3", "must not be here"),

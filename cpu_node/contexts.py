@@ -17,8 +17,9 @@ from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
 from cpu_node.line import PADDING, PAGE, Line, page_line, single_line
 from cpu_node.paging import FRAME, PS, US, P, PhysicalMemory, Walker
+from cpu_node.touched import KERNEL_CODE, Touched
 from cpu_node.watch import Watch, claims_more
-from cpu_node.window import CodePages, Space
+from cpu_node.window import CodePages, Space, Window
 
 MAX_SPACES = 48
 MAX_MAPPINGS = 40_000  # the host allows 65,530
@@ -51,6 +52,7 @@ class Contexts:
         self.kernel_tables: dict[int, Table] = {}
         self.user_tables: dict[tuple[int | None, int], Table] = {}
         self.kernel_watch = Watch(memory)
+        self.kernel_touched = Touched(KERNEL_CODE)
         self.writes: Counter[int] = Counter()  # physical page -> writes to it while it held code
         self.device_sites: Counter[tuple[int, int]] = Counter()  # (physical page, offset) -> device accesses
         self.fills = 0
@@ -68,6 +70,7 @@ class Contexts:
             self._make_room()
             space = self.spaces[key] = Space(key, self.ram_fd, self.memory, self.code)
         self.spaces.move_to_end(key)
+        self.walker.touched = space.touched
         return space
 
     def _make_room(self) -> None:
@@ -119,6 +122,14 @@ class Contexts:
         self.table = self._table(mode)
         return window.ha, self.table.ha
 
+    def table_of(self, mode: int) -> Table:
+        """The dispatch table of a mode in the current space."""
+        return self._table(mode)
+
+    def user_table_if_any(self, mode: int) -> Table | None:
+        """The same for CPL 3, if it was used already."""
+        return self.user_tables.get((self.space.cr3, mode))
+
     def flush(self) -> None:
         """A TLB flush: CR3, or paging in CR0 or CR4, was written; enter the space it selects."""
         self.space = self._space()
@@ -154,7 +165,7 @@ class Contexts:
 
     def invlpg(self, va: int) -> None:
         """Forget one page wherever it is cached, unless the page tables still say the same."""
-        self.space.invlpg(va)
+        dropped = self.space.invlpg(va)
         va_page = va >> 12
         pa_page, user_may = self._look_up(va)
         cr3 = self.space.cr3
@@ -165,11 +176,27 @@ class Contexts:
             elif va_page in table.filled or va_page in table.crossing_into:
                 _drop_unless(table, va_page, pa_page)
         bigs = self._big_moved(self.space.watch, va >> 22)
-        for (key, _), table in self.user_tables.items():
-            if key == cr3 and bigs:
+        tables = [table for (key, _), table in self.user_tables.items() if key == cr3]
+        for table in tables:
+            if bigs:
                 _drop_changed(table, [], bigs, True)
-            elif key == cr3 and (va_page in table.filled or va_page in table.crossing_into):
+            elif va_page in table.filled or va_page in table.crossing_into:
                 _drop_unless(table, va_page, pa_page if user_may else -1)
+        self._unmark(self.space.touched, self.space.watch, [va_page, *dropped], self.space.windows, tables)
+        self._unmark(self.kernel_touched, self.kernel_watch, [va_page], (), [*self.kernel_tables.values()])
+
+    @staticmethod
+    def _unmark(touched: Touched, watch: Watch, pages: list[int], windows: tuple[Window, ...],
+                tables: list[Table]) -> None:
+        """Take marks back from pages that are in none of these."""
+        for page in pages:
+            if watch.pdes.get(page >> 10, 0) & PS:
+                continue
+            if any(page in w.small or page >> 10 in w.big for w in windows):
+                continue
+            if any(page in t.lines or page in t.filled or page in t.crossing_into for t in tables):
+                continue
+            touched.pages[page] = 0
 
     def _big_moved(self, watch: Watch, va_big: int) -> list[int]:
         """[va_big] where code may come from a 4 MiB page that is no more: INVLPG drops all of it."""
@@ -234,12 +261,14 @@ class Contexts:
     def _fetch(self, va: int) -> int:
         """Physical page of code at `va`; what depends on its page tables is noted."""
         user = bool(self.mode & modes.USER)
-        pa, _, entry_pa, _ = self.walker.walk(va, False, user)
+        pa, _, entry_pa, size = self.walker.walk(va, False, user)
         if pa >= self.memory.size:
             raise GuestFault(UD)
         if entry_pa >= 0:
             watch = self.space.watch if user else self.kernel_watch
             watch.add(va, entry_pa, self.walker.cr3)
+            if not user:
+                self.kernel_touched.mark(va, size)
         return pa >> 12
 
     def _line(self, va: int) -> Line:

@@ -148,6 +148,7 @@ def lgdt(cpu: Cpu, limit: int, base: int, size: int) -> None:
     """LGDT; operand size 2 takes 24 bits of the base."""
     require_ring0(cpu)
     cpu.gdt_limit, cpu.gdt_base = limit, base if size == 4 else base & 0xFFFFFF
+    cpu.hooks.mode_changed()
 
 
 def lidt(cpu: Cpu, limit: int, base: int, size: int) -> None:

@@ -48,6 +48,8 @@ class RegisterFile(Protocol):
     def regs(self) -> MutableSequence[int]:
         """EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI, each 0..2^32-1."""
 
+    cr2: int
+
     def get_eflags(self) -> int:
         """All of EFLAGS, bit 1 set."""
 
@@ -109,6 +111,9 @@ class Hooks(Protocol):
     def segments_changed(self, index: int) -> None:
         """seg[index] is another Segment now; called before mode_changed, possibly several times per event."""
 
+    def segment_loaded(self, index: int, selector: int) -> None:
+        """An instruction loaded DS, ES, FS or GS with a selector without a fault."""
+
     def rdtsc(self) -> int:
         """The time-stamp counter before Cpu.tsc_adjust is added."""
 
@@ -166,6 +171,14 @@ class Cpu:
     @eflags.setter
     def eflags(self, value: int) -> None:
         self.registers.set_eflags(value)
+
+    @property
+    def cr2(self) -> int:
+        return self.registers.cr2
+
+    @cr2.setter
+    def cr2(self, value: int) -> None:
+        self.registers.cr2 = value
 
     @property
     def protected(self) -> bool:

@@ -12,47 +12,48 @@ Left out: 16-bit addresses, 16-bit pushes and jumps, FS/GS on string sources: th
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.decode import CS, FS, GS, Insn, TooLong, Undefined, decode
+from cpu_node.emit_system import system_leaf
+from cpu_node.encode import (
+    CALL,
+    EBP_FROM_R8,
+    END,
+    FUNCTION,
+    ICALL,
+    JCC,
+    JMP,
+    JUMP_R8,
+    LOAD_TOP,
+    LONGEST_PATH,
+    LOOP,
+    MOV_R8,
+    PLACEHOLDER,
+    PLAIN,
+    PLAIN_POST,
+    POPPED,
+    PUSHED,
+    SIMULATE,
+    STOP,
+    STORE_IMM,
+    STORE_R8,
+    WINDOW,
+    Function,
+    Leaf,
+    legacy,
+    modrm_bytes,
+    opcode_bytes,
+    with_va,
+)
 from cpu_node.stubs_unsafe import assemble
 
-(PLAIN, JCC, JMP, CALL, END, ICALL, FUNCTION, LOOP, SIMULATE, STOP) = range(10)
-LONGEST_PATH = 8  # LOCK, 66, three opcode bytes, ModRM, SIB; more are heaped prefixes, not worth a node
-PLAIN_POST: Final = 20  # PLAIN with host code after the copied bytes
-
-# (kind, guest length, first byte copied or 0, host code before, host code after or function, host length)
-Leaf = tuple[int, int, int, bytes, Any, int]
-Function = Callable[[bytes, int, int], bytes]  # (page bytes, offset, va) -> host code
-
-WINDOW = b"\x65\x67"  # GS, 32-bit address
-STORE_R8 = WINDOW + b"\x44\x89\x44\x24\xfc"  # mov gs:[esp-4], r8d
-STORE_IMM = WINDOW + b"\xc7\x44\x24\xfc"  # mov dword gs:[esp-4], imm32
-PUSHED = b"\x8d\x64\x24\xfc"  # lea esp, [rsp-4]
-POPPED = b"\x8d\x64\x24\x04"
-LOAD_TOP = WINDOW + b"\x44\x8b\x04\x24"  # mov r8d, gs:[esp]
-EBP_FROM_R8 = b"\x44\x89\xc5"  # mov ebp, r8d
-JUMP_R8 = b"\x43\xff\x24\xc6"  # jmp [r14+r8*8]
-MOV_R8 = b"\x41\xb8"  # mov r8d, imm32
-EXIT_SIMULATE = bytes((0x41, 0xFF, 0x67, at.SIMULATE_SLOT))  # jmp [r15+slot]
-EXIT_STALE = bytes((0x41, 0xFF, 0x67, at.STALE_SLOT))
-EXIT_CHAIN = bytes((0x41, 0xFF, 0x67, at.CHAIN_SLOT))
 LEA_RSI, LEA_RDI = b"\x4a\x8d\x34\x2e", b"\x4a\x8d\x3c\x2f"  # lea rsi, [rsi+r13]
 CUT_ESI, CUT_EDI = b"\x89\xf6", b"\x89\xff"
 _SEGMENT_NUMBER = {"ES": 0, "CS": 1, "SS": 2, "DS": 3, "FS": 4, "GS": 5}
-_PLACEHOLDER = 0x12345678
 _USER_OTHER = 0x24_4100  # what POPF at CPL 3 may change of the system flags: TF NT AC ID
-
-
-def _with_va(text: str) -> Function:
-    """Host code for `text`, in which the placeholder becomes the guest address."""
-    code = assemble(text, 0)
-    mark = struct.pack("<I", _PLACEHOLDER)
-    before, after = code.split(mark)
-    return lambda page, offset, va: before + struct.pack("<I", va) + after
 
 
 def _popf(user: bool) -> Function:
@@ -62,7 +63,7 @@ def _popf(user: bool) -> Function:
         cmp dword ptr [r15+{at.PENDING}], 0
         jne simulate
     fine:"""
-    code = _with_va(f"""
+    code = with_va(f"""
         mov r9d, gs:[esp]
         mov r8d, r9d
         and r8d, 0x200
@@ -80,7 +81,7 @@ def _popf(user: bool) -> Function:
         {keep_if}
         jmp done
     simulate:
-        mov r8d, {_PLACEHOLDER:#x}
+        mov r8d, {PLACEHOLDER:#x}
         jmp qword ptr [r15+{at.SIMULATE_SLOT}]
     done:
         nop
@@ -103,12 +104,12 @@ _PUSHF = assemble(
     0,
 )
 _CLI = b"\x41\xc7\x47" + bytes((at.INTERRUPT_FLAG,)) + bytes(4)
-_STI = _with_va(f"""
+_STI = with_va(f"""
     mov r9d, ecx
     mov ecx, [r15+{at.PENDING}]
     jrcxz fine
     mov ecx, r9d
-    mov r8d, {_PLACEHOLDER:#x}
+    mov r8d, {PLACEHOLDER:#x}
     jmp qword ptr [r15+{at.SIMULATE_SLOT}]
 fine:
     mov ecx, r9d
@@ -118,31 +119,6 @@ _POPF_KERNEL, _POPF_USER = _popf(False), _popf(True)
 STI_ECX_IN_R9 = (3, len(_STI(b"", 0, 0)) - 11)  # host bytes between which ECX is in r9d (rollback.py)
 _PUSHA = b"".join(WINDOW + bytes((0x89, 0x44 | r << 3, 0x24, 0x100 - 4 * (r + 1))) for r in range(8))
 _POPA = b"".join(WINDOW + bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))) for r in range(7, -1, -1) if r != 4)
-
-
-def legacy(insn: Insn) -> bytes:
-    """Prefixes the host instruction keeps: LOCK, the mandatory or repeat one, operand size."""
-    row = insn.row
-    keep_rep = insn.rep and (row.prefix == insn.rep or row.action == "string"
-                             or (row.map == 0 and row.opcode == 0x90))
-    return (b"\xf0" if insn.lock else b"") + (bytes((insn.rep,)) if keep_rep else b"") + (
-        b"\x66" if insn.opsize16 else b"")
-
-
-def opcode_bytes(insn: Insn) -> bytes:
-    """Opcode in the host's encoding, without prefixes: 82, an alias of 80, doesn't exist in 64-bit mode."""
-    row = insn.row
-    opcode = 0x80 if row.map == 0 and row.opcode == 0x82 else row.opcode
-    return (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[row.map] + bytes((opcode,))
-
-
-def modrm_bytes(insn: Insn, reg: int) -> bytes:
-    """ModRM and SIB for 64-bit mode, up to the displacement. mod 0 rm 5 would be RIP-relative there."""
-    if insn.sib >= 0:
-        return bytes((insn.modrm & 0xC7 | reg << 3, insn.sib))
-    if insn.mod == 0 and insn.rm == 5:
-        return bytes((reg << 3 | 4, 0x25))
-    return bytes((insn.modrm & 0xC7 | reg << 3,))
 
 
 class Templates:
@@ -189,6 +165,10 @@ class Templates:
         if insn.segment == CS and (row.action == "maskmov" or (
                 row.access in ("w", "m") and (memory or row.action == "moffs"))):
             return self._simulate(insn)  # #GP: no write through CS
+        if row.action in ("sim", "stop"):
+            system = system_leaf(insn, self.user)
+            if system is not None:
+                return system
         shape = getattr(self, "_" + row.action)
         leaf: Leaf = shape(insn)
         return leaf

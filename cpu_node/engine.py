@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from mmap import mmap
 from typing import TYPE_CHECKING
 
@@ -17,24 +18,21 @@ from cpu_node import gates
 from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.alignment import checked
+from cpu_node.assists import Assists
 from cpu_node.breakpoints import Breakpoints
 from cpu_node.contexts import Contexts, Filled
 from cpu_node.cpu import (
     CR0_AM,
-    CR0_EM,
     CR0_ET,
     CR0_PE,
-    CR0_TS,
-    CR4_OSFXSR,
-    CR4_TSD,
     DR6_BS,
     REGISTER_NAMES,
     Cpu,
 )
 from cpu_node.describe import describe_instruction
-from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, parse
+from cpu_node.descriptor import CS, FS, GS, parse
 from cpu_node.errors import DB, NMI, UD, GuestFault
-from cpu_node.flags import AC, RF, TF, VM
+from cpu_node.flags import AC, RF, TF
 from cpu_node.line import PAGE, Line
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
@@ -73,6 +71,7 @@ class Engine:
         self.memory = GuestMemory(self.walker, self.contexts.code.lines, self._code_written,
                                   self._mmio_read, self._mmio_write)
         self.cpu = Cpu(self.record, self.memory, self, model)
+        self.assists = Assists(self.record, self.cpu, self.contexts)
         self.single = Single(self.record, self.contexts.cache.code, self.cpu)
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
         self.breakpoints = Breakpoints(self.cpu, self.memory)
@@ -142,6 +141,10 @@ class Engine:
                      and segment.highest == 0xFFFFFFFF and self.cpu.cr0 & 1)
             record.d[base // 4] = segment.base
             record.q[pointer // 8] = at.RECORD + base if plain else 0
+        self.assists.segment_changed(index)
+
+    def segment_loaded(self, index: int, selector: int) -> None:
+        self.assists.loaded(index, selector)
 
     def rdtsc(self) -> int:
         return self.platform.rdtsc()
@@ -179,6 +182,7 @@ class Engine:
         d, q, enter, exits = record.d, record.q, record.enter, self.exits
         contexts, simulator = self.contexts, self.simulator
         kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
+        changed = at.CHANGED // 8
         system_flags, pending, interrupt_flag = at.SYSTEM_FLAGS // 4, at.PENDING // 4, at.INTERRUPT_FLAG // 4
         handlers = self._handlers()
         d[kick] = 1
@@ -200,6 +204,8 @@ class Engine:
                 enter()
                 reason = d[reason_at]
                 exits[reason] += 1
+                if q[changed]:
+                    self._adopt()
                 if reason <= at.EXIT_INDIRECT:  # chain, indirect
                     cpu.eip = d[eip_at]
                 elif reason == at.EXIT_SIMULATE:
@@ -233,7 +239,7 @@ class Engine:
 
     def _handlers(self) -> dict[int, Callable[[], None]]:
         return {at.EXIT_STALE: self._stale, at.EXIT_FAULT: self._host_fault, at.EXIT_SIGNAL: self._signal,
-                at.EXIT_UNENTERED: lambda: None}
+                at.EXIT_UNENTERED: lambda: None, at.EXIT_ASSIST: self._assist_fault}
 
     def fault(self, fault: GuestFault) -> None:
         """Deliver an exception of the instruction at cpu.eip."""
@@ -302,6 +308,18 @@ class Engine:
     def _signal(self) -> None:
         _, self.cpu.eip = roll_back(self.record, self.contexts.cache, self.record.q[at.FAULT_RIP // 8])
 
+    def _assist_fault(self) -> None:
+        """An assist met memory that isn't mapped: map it for the next time, let the simulator do it now."""
+        q, cpu = self.record.q, self.cpu
+        cpu.eip = self.record.d[at.EIP // 4]
+        va = q[at.FAULT_ADDRESS // 8] - q[at.KERNEL_WINDOW // 8]
+        if 0 <= va < 1 << 32:
+            with suppress(GuestFault):
+                self.contexts.fill(va, bool(q[at.FAULT_ERROR // 8] & 2), False, None)
+        self.simulator.step()
+        if cpu.pending_debug:
+            self._debug_trap()
+
     def _host_fault(self) -> None:
         record, cpu, contexts = self.record, self.cpu, self.contexts
         q = record.q
@@ -336,33 +354,18 @@ class Engine:
         """Recompute the code mode and enter its window and dispatch table."""
         self._mode_dirty = False
         cpu = self.cpu
-        seg = cpu.seg
-        mode = 0
-        user = cpu.cpl == 3
-        if user:
-            mode |= modes.USER
-        elif cpu.cpl:
-            mode |= modes.STEP
-        if cpu.cr0 & (CR0_EM | CR0_TS):
-            mode |= modes.NO_FPU
-        if not cpu.cr4 & CR4_OSFXSR:
-            mode |= modes.NO_SSE
-        if cpu.tsc_adjust or (cpu.cr4 & CR4_TSD and cpu.cpl):
-            mode |= modes.TSC_SIMULATED
-        code, stack, data, extra = seg[CS], seg[SS], seg[DS], seg[ES]
-        if not code.big:
-            mode |= modes.CODE16
-        if not stack.big:
-            mode |= modes.STACK16
-        if not (code.flat and stack.flat and data.flat and extra.flat
-                and stack.writable and data.writable and extra.writable):
-            mode |= modes.NOT_FLAT
-        if not cpu.cr0 & 1 or cpu.eflags & VM or cpu.dr[7] & 0xFF:
-            mode |= modes.STEP
-        self.mode = mode
-        window, table = self.contexts.enter(mode, user)
+        mode = self.mode = modes.of(cpu, cpu.cpl)
+        window, table = self.contexts.enter(mode, cpu.cpl == 3)
         self.record.q[at.WINDOW // 8] = window
         self.record.q[at.TABLE // 8] = table
+        self.assists.refresh(mode)
+
+    def _adopt(self) -> None:
+        """Assists changed segment registers, perhaps the privilege level."""
+        cpl = self.assists.adopt()
+        if cpl is not None:
+            self.mode = self.assists.modes[cpl]
+            self.contexts.enter(self.mode, cpl == 3)
 
     # ---- interrupts
 

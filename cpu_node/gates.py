@@ -115,6 +115,7 @@ def _enter(cpu: Cpu, vector: int, error: int | None, software: bool, external: b
     cpu.inhibit_interrupts = False
     if vector == errors.NMI and external:
         cpu.nmi_blocked = True
+        cpu.hooks.mode_changed()  # IRET has more to do
     elif vector == errors.DB and not software:
         cpu.dr[7] &= ~DR7_GD  # [17.2.4]
 

@@ -77,6 +77,11 @@ def view8(ha: int, length: int) -> memoryview:
     return memoryview((ctypes.c_ubyte * length).from_address(ha)).cast("B")
 
 
+def view16(ha: int, count: int) -> memoryview:
+    """`count` words at `ha`."""
+    return memoryview((ctypes.c_uint16 * count).from_address(ha)).cast("B").cast("H")
+
+
 def view32(ha: int, count: int) -> memoryview:
     """`count` dwords at `ha`."""
     return memoryview((ctypes.c_uint32 * count).from_address(ha)).cast("B").cast("I")

@@ -27,7 +27,9 @@ def iret(cpu: Cpu, size: int) -> None:
         switch_task(cpu, selector, va, raw, tasks.Reason.RETURN)
     elif size != 4 or not quick.leave(cpu, flags):
         _protected(cpu, flags, size)
-    cpu.nmi_blocked = False
+    if cpu.nmi_blocked:
+        cpu.nmi_blocked = False
+        cpu.hooks.mode_changed()
 
 
 def _protected(cpu: Cpu, flags: int, size: int) -> None:

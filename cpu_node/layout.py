@@ -9,15 +9,20 @@ from __future__ import annotations
 # Host address space (47 bits). Python, its heap and libraries live above 0x5500_0000_0000.
 CODE = 0x2000_0000_0000  # stubs, then the code cache
 CODE_SIZE = 128 << 20  # within rel32 of each other
-CODE_FIRST = 0x1000  # offset of the first translation; stubs below
+CODE_FIRST = 0x2000  # offset of the first translation; stubs below
 RECORD = 0x2100_0000_0000
 RECORD_SIZE = 0x2000
+LOADABLE = RECORD + 0x100_0000  # what is known of each selector, LOADABLE_STRIDE bytes each
+LOADABLE_STRIDE = 32
+LOADABLE_SIZE = 0x1_0000 * LOADABLE_STRIDE
 SCRATCH = 0x2180_0000_0000  # a small window of its own for single instructions (simulate.py)
 SIGNAL_STACK = 0x2200_0000_0000
 SIGNAL_STACK_SIZE = 1 << 18
 WINDOWS = 0x3000_0000_0000  # 4 GiB each, followed and preceded by 4 GiB that fault
 WINDOW_STRIDE = 8 << 30
 WINDOW_COUNT = 2048
+TOUCHED = 0x2140_0000_0000  # maps of touched.py, one for each window
+TOUCHED_SIZE = 1 << 20
 TABLES = 0x4000_0000_0000  # dispatch tables: 8 bytes for each guest address
 TABLE_SIZE = 8 << 32
 TABLE_COUNT = 512
@@ -50,7 +55,57 @@ FAULT_ERROR = 0x110
 FAULT_TRAP = 0x118
 FAULT_SIGNAL = 0x120  # dword
 HOST_MXCSR = 0x128
+KERNEL_WINDOW = 0x130  # of the current space
+KERNEL_TABLE = 0x138  # for the current mode but for the privilege; 0: not known
+USER_WINDOW = 0x140
+USER_TABLE = 0x148
+CHANGED = 0x150  # 6 bytes: segment registers that an assist changed; for CS (and SS) how, LANDED_*
+OUTER = 0x158  # 4 bytes, ES DS FS GS: not 0 where a return to CPL 3 would clear the register
+SEGMENT_RAW = 0x160  # 6 qwords: descriptors that assists loaded
+SYSENTER_READY = 0x190  # qword, not 0: the fields below are good
+SYSENTER_EIP = 0x198
+SYSENTER_ESP = 0x19C
+SYSENTER_SELECTORS = 0x1A0  # CS and SS, words
+SYSEXIT_SELECTORS = 0x1A4
+SAVED_FLAGS = 0x1A8  # AH and OF, while an assist compares
+CR0 = 0x1B0  # for MOV r32, CRn
+CR2 = 0x1B4
+CR3 = 0x1B8
+CR4 = 0x1BC
 FX = 0x200  # fxsave image
+# of IRET, and below it of INT n
+RETURN_READY = 0x400  # dword, not 0: IRET may be assisted
+KERNEL_CS = 0x404  # selector
+KERNEL_CS_VA = 0x408  # its descriptor's linear address
+USER_CS = 0x40C
+USER_CS_VA = 0x410
+USER_SS = 0x414
+USER_SS_VA = 0x418
+KERNEL_CS_RAW = 0x420
+USER_CS_RAW = 0x428
+USER_SS_RAW = 0x430
+GATE_VECTOR = 0x438  # dword, the software interrupt that is known
+GATE_VA = 0x43C
+GATE_RAW = 0x440
+GATE_CS_VA = 0x448
+GATE_SS_VA = 0x44C
+GATE_CS_RAW = 0x450
+GATE_SS_RAW = 0x458
+GATE_EIP = 0x460
+GATE_STACK_VA = 0x464  # of ESP0 and SS0 in the TSS
+GATE_SELECTORS = 0x468  # CS and SS, words
+GATE_IF = 0x46C  # what is left of IF: 0 for an interrupt gate, 200h for a trap gate
+TOUCHED_BY_SPACE = 0x470  # address of the current space's map of touched.py
+TOUCHED_BY_KERNEL = 0x478
+ASSISTS = 0x480  # addresses of the assist stubs
+
+# Offsets in an entry of LOADABLE.
+SELECTOR_PLAIN = 0  # dword: 1 may be loaded into FS and GS at CPL 0, 2 is null, 0 not known
+SELECTOR_FLAT = 4  # dword: 1 may be loaded into DS and ES at CPL 0
+SELECTOR_OUTER = 8  # byte, for OUTER
+SELECTOR_BASE = 12  # dword
+SELECTOR_RAW = 16  # qword: the descriptor
+SELECTOR_VA = 24  # dword: its linear address
 
 STATUS_FLAGS = 0xCD5  # in the host's flags: CF PF AF ZF SF DF OF
 OTHER_FLAGS = 0x3F7100  # in SYSTEM_FLAGS: TF IOPL NT RF VM AC VIF VIP ID
@@ -64,8 +119,9 @@ OTHER_FLAGS = 0x3F7100  # in SYSTEM_FLAGS: TF IOPL NT RF VM AC VIF VIP ID
     EXIT_FAULT,  # a host fault at FAULT_RIP
     EXIT_SIGNAL,  # SIGALRM at FAULT_RIP
     EXIT_UNENTERED,  # SIGALRM before the first guest instruction
-) = range(1, 8)
-EXIT_NAMES = ("", "chain", "indirect", "simulate", "stale", "fault", "signal", "unentered")
+    EXIT_ASSIST,  # a host fault at FAULT_ADDRESS in an assist for the instruction at EIP
+) = range(1, 9)
+EXIT_NAMES = ("", "chain", "indirect", "simulate", "stale", "fault", "signal", "unentered", "assist")
 
 # Stubs, offsets in CODE.
 STUB_ENTER = 0x000
@@ -74,6 +130,7 @@ STUB_EXIT = 0x300  # + 0x20 * reason
 STUB_HANDLER = 0x500
 STUB_RESTORER = 0x700
 STUB_RDTSC = 0x720
+STUB_ASSISTS = 0x800  # up to CODE_FIRST
 
 
 def exit_stub(reason: int) -> int:

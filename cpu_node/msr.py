@@ -123,10 +123,13 @@ def write_msr(cpu: Cpu, index: int, value: int) -> None:
             pass  # CPUID writes the revision back [vol. 3A 9.11.7.1]
         case Msr.SYSENTER_CS:
             cpu.sysenter_cs = value & 0xFFFFFFFF
+            cpu.hooks.mode_changed()
         case Msr.SYSENTER_ESP:
             cpu.sysenter_esp = value & 0xFFFFFFFF
+            cpu.hooks.mode_changed()
         case Msr.SYSENTER_EIP:
             cpu.sysenter_eip = value & 0xFFFFFFFF
+            cpu.hooks.mode_changed()
         case Msr.MISC_ENABLE:
             if (value ^ cpu.misc_enable) & ~MISC_ENABLE_WRITABLE:
                 raise general_protection()

@@ -15,6 +15,8 @@ from cpu_node.errors import PF, GuestFault
 if TYPE_CHECKING:
     from mmap import mmap
 
+    from cpu_node.touched import Touched
+
 P, RW, US, A, D, PS, G = 0x01, 0x02, 0x04, 0x20, 0x40, 0x80, 0x100
 ERR_PRESENT, ERR_WRITE, ERR_USER, ERR_RESERVED = 1, 2, 4, 8
 FRAME, BIG_FRAME = 0xFFFFF000, 0xFFC00000
@@ -45,6 +47,7 @@ class Walker:
 
     def __init__(self, memory: PhysicalMemory) -> None:
         self.memory = memory
+        self.touched: Touched | None = None  # the current space's map, set by who changes spaces
         self.paging = False
         self.cr3 = 0
         self.write_protect = False
@@ -64,6 +67,7 @@ class Walker:
 
         Raises GuestFault(PF). The entry combines R/W and U/S of both levels.
         """
+        touched = self.touched
         if not self.paging:
             return va, P | RW | US | A | D, -1, 1 << 32
         memory = self.memory
@@ -80,6 +84,8 @@ class Walker:
             if pde & wanted != wanted:
                 pde |= wanted
                 memory.dwords[pde_pa >> 2] = pde
+            if touched is not None:
+                touched.mark(va, 1 << 22)
             return pde & BIG_FRAME | va & 0x3FFFFF, pde, pde_pa, 1 << 22
         pte_pa = (pde & FRAME) + (va >> 10 & 0xFFC)
         pte = memory.entry(pte_pa)
@@ -93,6 +99,8 @@ class Walker:
         if pte & wanted != wanted:
             memory.dwords[pte_pa >> 2] = pte | wanted
             both |= wanted
+        if touched is not None:
+            touched.pages[va >> 12] = 1
         return pte & FRAME | va & 0xFFF, both, pte_pa, 1 << 12
 
     def _check(self, entry: int, error: int, write: bool, user: bool, va: int) -> None:

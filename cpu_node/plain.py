@@ -22,6 +22,7 @@ class PlainRegisters:
     def __init__(self) -> None:
         self._regs = [0] * 8
         self._eflags = FIXED
+        self.cr2 = 0
 
     @property
     def regs(self) -> list[int]:
@@ -115,6 +116,9 @@ class RecordingHooks:
 
     def segments_changed(self, index: int) -> None:
         self.calls.append(("segments_changed", index))
+
+    def segment_loaded(self, index: int, selector: int) -> None:
+        """Not written down: segments_changed is."""
 
     def rdtsc(self) -> int:
         self.tsc += 1

@@ -68,6 +68,9 @@ class Record:
         self.b = host.view8(at.RECORD, at.RECORD_SIZE)
         self.d = host.view32(at.RECORD, at.RECORD_SIZE // 4)
         self.q = host.view64(at.RECORD, at.RECORD_SIZE // 8)
+        self.w = host.view16(at.RECORD, at.RECORD_SIZE // 2)
+        self.loadable_d = host.view32(at.LOADABLE, at.LOADABLE_SIZE // 4)
+        self.loadable_q = host.view64(at.LOADABLE, at.LOADABLE_SIZE // 8)
         self._regs = Registers(self.d)
         self.d[at.HOST_MXCSR // 4] = HOST_MXCSR_DEFAULT
         self.enter = host.function(at.CODE + at.STUB_ENTER)
@@ -81,6 +84,15 @@ class Record:
         self.b[at.FX : at.FX + 512] = bytes(512)
         struct.pack_into("<H", self.b, at.FX, 0x37F)
         struct.pack_into("<II", self.b, at.FX + 24, 0x1F80, 0xFFFF)
+
+    @property
+    def cr2(self) -> int:
+        """CR2: translated code reads it."""
+        return int(self.d[at.CR2 // 4])
+
+    @cr2.setter
+    def cr2(self, value: int) -> None:
+        self.d[at.CR2 // 4] = value
 
     @property
     def regs(self) -> Registers:

@@ -12,7 +12,8 @@ from bisect import bisect_right
 from cpu_node import layout as at
 from cpu_node.cache import CodeCache
 from cpu_node.decode import TooLong, Undefined, decode
-from cpu_node.emit import CUT_EDI, CUT_ESI, EBP_FROM_R8, MOV_R8, POPPED, PUSHED, STI_ECX_IN_R9
+from cpu_node.emit import CUT_EDI, CUT_ESI, STI_ECX_IN_R9
+from cpu_node.encode import EBP_FROM_R8, MOV_R8, POPPED, PUSHED
 from cpu_node.line import Line
 from cpu_node.record_unsafe import Record
 from cpu_node.translate import check_source

@@ -85,6 +85,7 @@ def load_segment(cpu: Cpu, index: int, selector: int) -> None:
         cpu.set_segment(SS, stack_segment(cpu, selector, cpu.cpl, selector & SELECTOR_RPL))
     else:
         cpu.set_segment(index, data_segment(cpu, selector, cpu.cpl))
+        cpu.hooks.segment_loaded(index, selector)
     if index == SS:
         cpu.inhibit_interrupts = True
 

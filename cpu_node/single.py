@@ -13,7 +13,7 @@ from cpu_node import layout as at
 from cpu_node.cache import SINGLE
 from cpu_node.cpu import CR4_OSXMMEXCPT, Cpu
 from cpu_node.decode import SS, Insn
-from cpu_node.emit import EXIT_SIMULATE, MOV_R8, WINDOW, legacy, opcode_bytes
+from cpu_node.encode import EXIT_SIMULATE, MOV_R8, WINDOW, legacy, opcode_bytes
 from cpu_node.errors import DE, GP, MF, UD, XM, GuestFault
 from cpu_node.errors import SS as SS_FAULT
 from cpu_node.record_unsafe import Record

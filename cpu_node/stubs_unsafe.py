@@ -15,6 +15,7 @@ from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
+from cpu_node.assist_stubs import assist_image
 
 _REGS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
 _CALLEE_SAVED = ("rbx", "rbp", "r12", "r13", "r14", "r15")
@@ -63,12 +64,14 @@ def _exit(reason: int) -> str:
     return f"{store}mov dword ptr [r15+{at.REASON}], {reason}\njmp {at.CODE + at.STUB_LEAVE:#x}"
 
 
-def _handler() -> str:
+def _handler(assists: dict[str, int], flags_from: str, tails_end: str) -> str:
     """handler(signo in edi, siginfo in rsi, ucontext in rdx)"""
     return f"""
         movabs rax, {at.RECORD:#x}
         mov rcx, [rdx+{_UC_RIP}]
         movabs r10, {at.CODE:#x}
+        mov r9, rcx
+        sub r9, r10
         cmp edi, {int(signal.SIGALRM)}
         je async
         mov dword ptr [rax+{at.FAULT_SIGNAL}], edi
@@ -81,10 +84,15 @@ def _handler() -> str:
         lea r8, [r10+{at.exit_stub(at.EXIT_INDIRECT)}]
         test rcx, rcx
         jz redirect
-        mov r9, rcx
-        sub r9, r10
-        sub r9, {at.CODE_FIRST}
-        cmp r9, {at.CODE_SIZE - at.CODE_FIRST}
+        cmp r9, {at.STUB_ASSISTS}
+        jb foreign
+        lea r8, [r10+{assists["fix"]}]
+        cmp r9, {assists[flags_from]}
+        jb redirect
+        lea r8, [r10+{assists["fix_flags"]}]
+        cmp r9, {at.CODE_FIRST}
+        jb redirect
+        cmp r9, {at.CODE_SIZE}
         jae foreign
         mov [rax+{at.FAULT_RIP}], rcx
         lea r8, [r10+{at.exit_stub(at.EXIT_FAULT)}]
@@ -96,10 +104,17 @@ def _handler() -> str:
         mov dword ptr [rax+{at.PENDING}], 1
         lea r8, [r10+{at.exit_stub(at.EXIT_UNENTERED)}]
         mov [rax+{at.ENTRY}], r8
-        mov r9, rcx
-        sub r9, r10
-        sub r9, {at.CODE_FIRST}
-        cmp r9, {at.CODE_SIZE - at.CODE_FIRST}
+        cmp r9, {assists["tail_return"]}
+        jb done
+        lea r8, [r10+{assists["tail_return"]}]
+        cmp r9, {assists["tail_jump"]}
+        jb redirect
+        lea r8, [r10+{assists["tail_jump"]}]
+        cmp r9, {assists[tails_end]}
+        jb redirect
+        cmp r9, {at.CODE_FIRST}
+        jb done
+        cmp r9, {at.CODE_SIZE}
         jae done
         mov [rax+{at.FAULT_RIP}], rcx
         lea r8, [r10+{at.exit_stub(at.EXIT_SIGNAL)}]
@@ -135,25 +150,48 @@ def assemble(text: str, ha: int) -> bytes:
 
 
 @functools.cache
+def _assists() -> tuple[bytes, dict[str, int]]:
+    """Host code of the assists from STUB_ASSISTS on, and each one's offset in CODE."""
+    code, offsets = b"", {}
+    for name, text in assist_image().pieces:
+        offset = offsets[name] = at.STUB_ASSISTS + len(code)
+        known = {tail: hex(at.CODE + offsets[tail]) for tail in assist_image().tails if tail in offsets}
+        code += assemble(text.format(**known), at.CODE + offset)
+    return code, offsets
+
+
+@functools.cache
 def stub_image() -> bytes:
     """All stubs, at their offsets of layout.py."""
+    code, offsets = _assists()
+    image = assist_image()
     pieces = [
         (at.STUB_ENTER, _enter()),
         (at.STUB_LEAVE, _leave()),
-        (at.STUB_HANDLER, _handler()),
+        (at.STUB_HANDLER, _handler(offsets, image.flags_from, image.tails_end)),
         (at.STUB_RESTORER, "mov eax, 15\nsyscall"),
         (at.STUB_RDTSC, "rdtsc\nshl rdx, 32\nor rax, rdx\nret"),
-        *((at.exit_stub(reason), _exit(reason)) for reason in range(1, 8)),
+        *((at.exit_stub(reason), _exit(reason)) for reason in range(1, len(at.EXIT_NAMES))),
     ]
+    stubs = [(offset, assemble(text, at.CODE + offset)) for offset, text in pieces]
+    return _placed([*stubs, (at.STUB_ASSISTS, code)])
+
+
+def _placed(pieces: list[tuple[int, bytes]]) -> bytes:
     image = bytearray(b"\xcc" * at.CODE_FIRST)
     end = 0
-    for offset, text in sorted(pieces):
-        code = assemble(text, at.CODE + offset)
+    for offset, code in sorted(pieces):
         if offset < end:
             raise AssertionError(f"stub at {offset:#x} overlaps the one before, which ends at {end:#x}")
         image[offset : offset + len(code)] = code
         end = offset + len(code)
+    assert end <= at.CODE_FIRST
     return bytes(image)
+
+
+def assist_addresses() -> dict[str, int]:
+    """Name of each assist -> host address."""
+    return {name: at.CODE + offset for name, offset in _assists()[1].items()}
 
 
 def host_rdtsc() -> Callable[[], int]:
@@ -167,6 +205,7 @@ def install() -> None:
     host.map_anonymous(at.CODE, at.CODE_SIZE, rwx)
     host.advise(at.CODE, at.CODE_SIZE, host.MADV_HUGEPAGE)
     host.map_anonymous(at.RECORD, at.RECORD_SIZE, host.PROT_READ | host.PROT_WRITE)
+    host.map_anonymous(at.LOADABLE, at.LOADABLE_SIZE, host.PROT_READ | host.PROT_WRITE)
     host.map_anonymous(at.SIGNAL_STACK, at.SIGNAL_STACK_SIZE, host.PROT_READ | host.PROT_WRITE)
     image = stub_image()
     host.view8(at.CODE, len(image))[:] = image

@@ -13,7 +13,8 @@ from array import array
 from dataclasses import dataclass
 
 from cpu_node.decode import MAX_LENGTH
-from cpu_node.emit import (
+from cpu_node.emit import Templates
+from cpu_node.encode import (
     CALL,
     END,
     EXIT_CHAIN,
@@ -34,7 +35,6 @@ from cpu_node.emit import (
     STORE_IMM,
     WINDOW,
     Leaf,
-    Templates,
 )
 from cpu_node.line import Chunk, Line
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
+from cpu_node.touched import Touched
 from cpu_node.watch import RIGHTS, Watch, claims_more
 
 _AHEAD = 64  # pages mapped along with one that faulted, at most
@@ -159,6 +160,13 @@ class Window:
             self.drop_small([p for p in range(first, first + 1024) if p in self.small]
                             if len(self.small) > 1024 else [p for p in self.small if p >> 10 == va_big])
 
+    def outdated(self, va_page: int, pte: int) -> bool:
+        """Does the mapping of a page, made from an older entry, claim more than `pte` grants?"""
+        old = self.small.get(va_page)
+        if old is None:
+            return False
+        return bool(pte >> 12 != old[0] or old[2] & ~pte & (P | RW | US | A) or (old[1] and not pte & D))
+
     def update(self, changed: Iterable[tuple[int, int]]) -> None:
         """Take from mappings, made from older entries, what entries (linear page, entry) no longer grant.
 
@@ -226,6 +234,7 @@ class Space:
         self.kernel = Window(ram_fd, memory, code, user=False)
         self._user: Window | None = None
         self._ram_fd = ram_fd
+        self.touched = Touched(self.kernel.index)
         self.watch = Watch(memory)
 
     @property
@@ -290,6 +299,7 @@ class Space:
         for k in range(len(entries)):
             if window.small:
                 window.drop_big(va_big + k)
+        self.touched.mark_big(va_big, len(entries))
         window.map_big(va_big, frame, len(entries), may_write, entries)
 
     def _fill_small(self, window: Window, walker: Walker, va: int, pa: int, entry: int, entry_pa: int,
@@ -310,6 +320,7 @@ class Space:
             self._neighbours(window, entries, va_page, pa_page, index, may_write)
             if len(entries) > 1:
                 self.watch.add(va, entry_pa, walker.cr3, len(entries))
+                self.touched.pages[va_page : va_page + len(entries)] = b"\1" * len(entries)
         window.map_small(va_page, pa_page, len(entries), writable, entries)
 
     def _neighbours(self, window: Window, entries: list[int], va_page: int, pa_page: int, index: int,
@@ -325,11 +336,16 @@ class Space:
                 break
             entries.append(pte)
 
-    def invlpg(self, va: int) -> None:
-        """Drop what maps `va` beyond what its page-table entries say now."""
+    def invlpg(self, va: int) -> list[int]:
+        """Drop what maps `va` beyond what its page-table entries say now; returns pages that were dropped.
+
+        Pages behind it whose turn comes next are dropped with it, in one go: the guest changes entries in a
+        row and then says INVLPG for each, or does both page by page.
+        """
         if self.cr3 is None:
-            return
+            return []
         memory, va_big, va_page = self.memory, va >> 22, va >> 12
+        dropped: list[int] = []
         for window in self.windows:
             big = window.big.get(va_big)
             if big is not None:
@@ -337,8 +353,29 @@ class Space:
                     window.drop_big(va_big)
             elif va_page in window.small:
                 pde = memory.entry(self.cr3 + 4 * va_big)
-                pte = memory.entry((pde & FRAME) + (va_page & 0x3FF) * 4) if pde & P and not pde & PS else 0
-                window.update(((va_page, pte & (pde | ~(RW | US))),))
+                table, mask = (pde & FRAME, pde | ~(RW | US)) if pde & P and not pde & PS else (-1, 0)
+                pte = memory.entry(table + (va_page & 0x3FF) * 4) & mask if table >= 0 else 0
+                if window.outdated(va_page, pte):
+                    run = self._run_behind(window, va_page, table, mask, pte)
+                    window.update(run)
+                    dropped += [page for page, _ in run]
+        return dropped
+
+    def _run_behind(self, window: Window, va_page: int, table: int, mask: int, pte: int
+                    ) -> list[tuple[int, int]]:
+        """(page, entry) of `va_page` and those behind it; entry 0 to drop it whatever it says."""
+        run, small, memory = [(va_page, pte)], window.small, self.memory
+        for page in range(va_page + 1, min(va_page + _AHEAD, (va_page | 0x3FF) + 1)):
+            if page not in small:
+                break
+            if pte & P:
+                entry = memory.entry(table + (page & 0x3FF) * 4) & mask
+                if not window.outdated(page, entry):
+                    break
+                run.append((page, entry))
+            else:
+                run.append((page, 0))
+        return run
 
     def resync(self) -> tuple[list[tuple[int, int]], list[int]]:
         """Drop what the page tables no longer say; returns what Watch.changes found."""
@@ -355,5 +392,6 @@ class Space:
 
     def close(self) -> None:
         """Give everything back."""
+        self.touched.close()
         for window in self.windows:
             window.close()

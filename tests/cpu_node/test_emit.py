@@ -14,7 +14,8 @@ from capstone import x86
 
 from cpu_node import mode as modes
 from cpu_node.decode import TooLong, Undefined, decode
-from cpu_node.emit import SIMULATE, STOP, Templates
+from cpu_node.emit import Templates
+from cpu_node.encode import SIMULATE, STOP
 from cpu_node.line import PAGE, page_line
 from cpu_node.table import ROWS, Row
 from cpu_node.translate import translate

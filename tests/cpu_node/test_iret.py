@@ -47,7 +47,7 @@ def test_same_privilege(m):
     iret(m.cpu, 4)
     assert (m.cpu.eip, m.cpu.regs[ESP], m.cpu.eflags, m.cpu.cpl) == (TARGET, TOP0, FIXED | IF | CF, 0)
     assert not m.cpu.nmi_blocked
-    assert m.hooks.calls == []
+    assert m.hooks.calls == [("mode_changed",)]
 
 
 def test_to_user_mode(m):

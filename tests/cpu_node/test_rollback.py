@@ -50,6 +50,9 @@ SHAPES = {
                "rep stosd\nstd\nlodsw\nmov ecx, 2\n.byte 0xf3, 0xa5\ncld",
     "segment registers": ".byte 0x1e\n.byte 0x0f, 0xa0\nmov eax, ds\nmov ax, cs\n"
                          "mov [esi], ss\npop eax\npop eax",
+    "segment loads": ".byte 0x1e\nmov ecx, ds\n.byte 0x1f\nmov es, ecx\nmov [esi], ss\nmov es, [esi]\n"
+                     "mov ebx, cr0\nmov edx, cr2\ninvlpg [esi+0x400000]\npush eax",
+    "iret": "pushfd\n.byte 0x0e\ncall next\nnext: add dword ptr [esp], 5\n.byte 0xcf\npush eax",
     "fs": "mov eax, fs:[8]\nadd fs:[esi-0x200000+4], eax\npush dword ptr fs:[16]\nmov fs:[ebx+ecx*4], cl\n"
           "mov byte ptr gs:[4], 0x55\nmov eax, fs:[0]\nmov gs:[0], eax\nlea edx, [ebx+ecx]",
     "fs jump": "mov ebx, over\nmov fs:[12], ebx\njmp dword ptr fs:[12]\nint3\nover: nop",
@@ -64,6 +67,7 @@ SHAPES = {
     "nop": "nop dword ptr [eax]\nprefetcht0 [eax]\nnop",
     "backward jump": "jmp one\ntwo: inc eax\njmp over\none: inc ebx\njmp two\nover: nop",
 }
+KERNEL_ONLY = ("cli sti", "simulated", "segment loads", "iret")
 CROSSING = b"\x90" * 13 + asm("mov eax, 0x12345678\npush eax\ninc ebx\nud2", 0)  # at CODE + 4096 - 16
 
 
@@ -168,7 +172,7 @@ def test_kernel(name: str, verify: bool) -> None:
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verify"])
-@pytest.mark.parametrize("name", [n for n in SHAPES if n not in ("cli sti", "simulated")])
+@pytest.mark.parametrize("name", [n for n in SHAPES if n not in KERNEL_ONLY])
 @isolated
 def test_user(name: str, verify: bool) -> None:
     board = _board(verify, 3)

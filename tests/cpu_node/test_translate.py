@@ -12,7 +12,8 @@ import pytest
 
 from cpu_node import mode as modes
 from cpu_node.decode import TooLong, Undefined, decode
-from cpu_node.emit import JUMP_R8, MOV_R8, Templates
+from cpu_node.emit import Templates
+from cpu_node.encode import JUMP_R8, MOV_R8
 from cpu_node.line import PAGE, Line, page_line, single_line
 from cpu_node.translate import MAX_INSTRUCTIONS, Translation, check_source, leaf_at, renew, translate
 from tests.cpu_node.board import asm

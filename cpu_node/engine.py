@@ -3,7 +3,7 @@
 Each exit (layout.EXIT_*) has one method. Guest faults are GuestFault exceptions from the simulator, the
 page walk or a host fault, and end in gates.deliver. Interrupts are looked at when a signal said so, and
 where the guest sets IF.
-Left out: direct execution of user code (its place is in `run`, beside `interpreted`).
+User code may run directly instead (direct/execution.py): `run` asks before it looks for a translation.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from cpu_node.single import Single, guest_fault
 
 if TYPE_CHECKING:
     from cpu_node.cpuid import CpuModel
+    from cpu_node.direct.execution import Direct
     from cpu_node.lapic import LocalApic
     from cpu_node.platform import Platform
     from cpu_node.table import Row
@@ -76,6 +77,7 @@ class Engine:
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
         self.breakpoints = Breakpoints(self.cpu, self.memory)
         self.simulator.kick = self._kick
+        self.direct: Direct | None = None  # runs user code untranslated where it can
         self.simulator.on_port = self.breakpoints.note_port
         self.stopping = False
         self.mode = modes.STEP
@@ -184,7 +186,9 @@ class Engine:
         kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
         changed = at.CHANGED // 8
         system_flags, pending, interrupt_flag = at.SYSTEM_FLAGS // 4, at.PENDING // 4, at.INTERRUPT_FLAG // 4
-        handlers = self._handlers()
+        handlers, direct = self._handlers(), self.direct
+        if direct is not None:
+            enter = direct.timed(enter)
         d[kick] = 1
         while not self.stopping:
             try:
@@ -197,6 +201,8 @@ class Engine:
                 if (self.mode & modes.INTERPRETED or cpu.inhibit_interrupts
                         or (d[system_flags] & _SPECIAL_FLAGS and self._needs_steps())):
                     self.interpreted()
+                    continue
+                if direct is not None and self.mode == modes.USER and direct.run():
                     continue
                 q[entry] = at.CODE + contexts.find(cpu.eip)
                 if d[kick]:

@@ -83,6 +83,7 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     start: dict[str, int]
     user_mode: str = "translated"
     translations: str = ""  # the folder they are kept in; empty: none
+    trap_backend: str = "auto"
     launcher: str = "launcher"
     log_level: str = "warning"
 
@@ -139,6 +140,10 @@ class Node:
         if config.translations:
             self._cache.store = Store(Path(config.translations), version(host), time.time)
         self._kept_ns, self._kept_instructions = time.monotonic_ns(), 0
+        if config.user_mode != "translated":
+            from cpu_node.direct import choose  # imports python-ptrace, which takes its time
+
+            self.engine.direct = choose.start(self.engine, ram_fd, config.user_mode, config.trap_backend)
         self._cpu_thread = threading.get_ident()
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
         self._endpoint_stats: dict[str, Any] = {}
@@ -353,6 +358,8 @@ class Node:
         io["cache_flushes"] = cache.flushes
         io["pages_filled"] = engine.contexts.fills
         io["spaces"] = len(engine.contexts.spaces)
+        if engine.direct is not None:
+            io["direct"] = engine.direct.counters()
         if self._timing is not None:
             io["timing"] = self._timing.clock.to_plain()
         return io

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
+from cpu_node.direct.policy import Pace
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
 from cpu_node.touched import Touched
 from cpu_node.watch import RIGHTS, Watch, claims_more
@@ -49,15 +50,17 @@ class CodePages:
                 window.set_writable(va_page, pa_page, False)
         for window, va_big in self.big.get(pa_page >> 10, ()):
             if window.big[va_big][1]:
-                host.protect(window.ha + (va_big << 22 | (pa_page & 0x3FF) << 12), 4096, host.PROT_READ)
+                window.protect(va_big << 22 | (pa_page & 0x3FF) << 12, 4096, False)
 
 
 class Window:
-    """4 GiB of host addresses for one guest address space at one privilege."""
+    """4 GiB of host addresses for one guest address space at one privilege.
+
+    What is shown where is kept here; the methods that tell the host (`open` to `hide`) are replaced where
+    the addresses are another process's (direct/window.py).
+    """
 
     def __init__(self, ram_fd: int, memory: PhysicalMemory, code: CodePages, user: bool) -> None:
-        self.index = _free.pop()
-        self.ha = at.WINDOWS + self.index * at.WINDOW_STRIDE
         self.user = user
         self.fd = ram_fd
         self.memory = memory
@@ -65,22 +68,47 @@ class Window:
         self.small: dict[int, tuple[int, bool, int]] = {}  # linear page -> (physical page, writable, entry)
         self.big: dict[int, tuple[int, bool, int]] = {}  # linear 4 MiB page -> (frame, writable, entry)
         self.hidden: dict[int, int] = {}  # linear page -> physical page: still mapped, without any right
+        self.open()
+
+    def open(self) -> None:
+        """Take host addresses."""
+        self.index = _free.pop()
+        self.ha = at.WINDOWS + self.index * at.WINDOW_STRIDE
         host.reserve(self.ha, 1 << 32)
+
+    def show(self, va: int, length: int, pa: int, writable: bool, populate: bool) -> None:
+        """Map memory from `pa` on at `va`."""
+        prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
+        host.map_file(self.ha + va, length, prot, self.fd, pa, populate)
+
+    def reveal(self, va_page: int, pa_page: int, writable: bool) -> None:
+        """Show a hidden page again."""
+        self.protect(va_page << 12, 4096, writable)
+
+    def protect(self, va: int, length: int, writable: bool) -> None:
+        """Change the rights of what is shown."""
+        host.protect(self.ha + va, length, host.PROT_READ | (host.PROT_WRITE if writable else 0))
+
+    def hide(self, va: int, length: int, unmap: bool) -> None:
+        """Make accesses fault; without `unmap` what was shown stays mapped."""
+        if unmap:
+            host.reserve(self.ha + va, length)
+        else:
+            host.protect(self.ha + va, length, host.PROT_NONE)
 
     def set_writable(self, va_page: int, pa_page: int, writable: bool) -> None:
         """Change the rights of a small page that is mapped."""
         entry = self.small[va_page][2]
         self.small[va_page] = (pa_page, writable, entry)
-        host.protect(self.ha + (va_page << 12), 4096, host.PROT_READ | (host.PROT_WRITE if writable else 0))
+        self.protect(va_page << 12, 4096, writable)
 
     def map_small(self, va_page: int, pa_page: int, count: int, writable: bool, entries: list[int]) -> None:
         """Map a run of pages, contiguous on both sides."""
-        prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
         small, rmap, hidden = self.small, self.code.small, self.hidden
         if count == 1 and hidden.get(va_page) == pa_page:
-            host.protect(self.ha + (va_page << 12), 4096, prot)
+            self.reveal(va_page, pa_page, writable)
         else:
-            host.map_file(self.ha + (va_page << 12), count << 12, prot, self.fd, pa_page << 12, True)
+            self.show(va_page << 12, count << 12, pa_page << 12, writable, True)
         for k in range(count):
             old = small.get(va_page + k)
             if old is not None and old[0] != pa_page + k:
@@ -104,13 +132,12 @@ class Window:
 
     def map_big(self, va_big: int, frame: int, count: int, writable: bool, entries: list[int]) -> None:
         """Map `count` 4 MiB pages in one go; the last may end where RAM ends."""
-        ha, pa = self.ha + (va_big << 22), frame << 22
+        va, pa = va_big << 22, frame << 22
         length = min(count << 22, self.memory.size - pa)
-        prot = host.PROT_READ | (host.PROT_WRITE if writable else 0)
         if self.hidden:
             self._unmap_hidden()
-        host.map_file(ha, length, prot, self.fd, pa, False)
-        host.advise(ha, length, host.MADV_HUGEPAGE)
+        self.show(va, length, pa, writable, False)
+        host.advise(self.ha + va, length, host.MADV_HUGEPAGE)
         for k in range(count):
             self.big[va_big + k] = (frame + k, writable, entries[k])
             self.code.big.setdefault(frame + k, set()).add((self, va_big + k))
@@ -118,7 +145,7 @@ class Window:
             first, last = pa >> 12, (pa + length) >> 12
             pages = sorted(p for p in self.code.lines if first <= p < last and p not in self.code.mixed)
             for page, run in _runs(pages):
-                host.protect(ha + (page - first << 12), run << 12, host.PROT_READ)
+                self.protect(va + (page - first << 12), run << 12, False)
 
     def drop_small(self, pages: Iterable[int]) -> None:
         """Hide pages, if they are mapped."""
@@ -128,7 +155,7 @@ class Window:
             pa_page = hidden[va_page] = small.pop(va_page)[0]
             self._not_at(pa_page, va_page)
         for va_page, run in _runs(gone):
-            host.protect(self.ha + (va_page << 12), run << 12, host.PROT_NONE)
+            self.hide(va_page << 12, run << 12, False)
         if len(hidden) > _HIDDEN:
             self._unmap_hidden()
 
@@ -143,7 +170,7 @@ class Window:
             if is_hidden:
                 first, last = page if first < 0 else first, page
             elif first >= 0:
-                host.reserve(self.ha + (first << 12), last + 1 - first << 12)
+                self.hide(first << 12, last + 1 - first << 12, True)
                 first = -1
         self.hidden.clear()
 
@@ -152,7 +179,7 @@ class Window:
         old = self.big.pop(va_big, None)
         if old is not None:
             self.code.big[old[0]].discard((self, va_big))
-            host.reserve(self.ha + (va_big << 22), 1 << 22)
+            self.hide(va_big << 22, 1 << 22, True)
             for va_page in [p for p in self.hidden if p >> 10 == va_big]:
                 del self.hidden[va_page]
         if self.small:
@@ -186,7 +213,7 @@ class Window:
                     kept.append(va_page)
         if kept:
             for va_page, run in _runs(sorted(kept)):
-                host.protect(self.ha + (va_page << 12), run << 12, host.PROT_READ)
+                self.protect(va_page << 12, run << 12, False)
         if gone:
             self.drop_small(gone)
 
@@ -205,7 +232,7 @@ class Window:
         self.small.clear()
         self.big.clear()
         self.hidden.clear()
-        host.reserve(self.ha, 1 << 32)
+        self.hide(0, 1 << 32, True)
 
     def close(self) -> None:
         """Give the address space back."""
@@ -233,6 +260,8 @@ class Space:
         self.code = code
         self.kernel = Window(ram_fd, memory, code, user=False)
         self._user: Window | None = None
+        self.direct: Window | None = None  # of the process in which user code runs directly
+        self.pace = Pace()
         self._ram_fd = ram_fd
         self.touched = Touched(self.kernel.index)
         self.watch = Watch(memory)
@@ -246,11 +275,13 @@ class Space:
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        return (self.kernel,) if self._user is None else (self.kernel, self._user)
+        both = (self.kernel,) if self._user is None else (self.kernel, self._user)
+        return both if self.direct is None else (*both, self.direct)
 
     def mappings(self, split: int) -> int:
         """Host mappings held, at most; `split`: what CodePages.splits says."""
-        return sum(w.mappings() + (split if w.big else 0) for w in self.windows)
+        ours = [w for w in self.windows if w is not self.direct]
+        return sum(w.mappings() + (split if w.big else 0) for w in ours)
 
     def fill(self, walker: Walker, va: int, write: bool, user: bool, walked: tuple[int, int, int, int]
              ) -> bool:
@@ -275,10 +306,27 @@ class Space:
             self._fill_small(window, walker, va, pa, entry, entry_pa, may_write, write)
         return True
 
+    def fill_direct(self, walker: Walker, va: int, write: bool, walked: tuple[int, int, int, int]) -> bool:
+        """The same for the process that runs user code: small pages only."""
+        window = self.direct
+        assert window is not None
+        pa, entry, entry_pa, size = walked
+        if pa >= self.memory.size:
+            return False
+        may_write = bool(entry & D and entry & RW)
+        if size == 1 << 12:
+            self._fill_small(window, walker, va, pa, entry, entry_pa, may_write, write)
+            return True
+        if entry_pa >= 0:
+            self.watch.add(va, entry_pa, walker.cr3)
+        writable = may_write and not self.code.protected(pa >> 12)
+        window.map_small(va >> 12, pa >> 12, 1, writable, [entry & ~FRAME | pa & FRAME])
+        return True
+
     def _unprotect(self, window: Window, va: int, pa: int) -> None:
         """A write is due: undo a protection that is no longer needed."""
         if not self.code.protected(pa >> 12):
-            host.protect(window.ha + (va & FRAME), 4096, host.PROT_READ | host.PROT_WRITE)
+            window.protect(va & FRAME, 4096, True)
 
     def _fill_big(self, window: Window, walker: Walker, va: int, pa: int, entry: int, entry_pa: int,
                   may_write: bool) -> None:

@@ -41,7 +41,8 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 class CpuTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     apic: bool = True  # a local APIC in CPUID and in the tables the guest gets
-    user_mode: Literal["translated"] = "translated"
+    user_mode: Literal["translated", "direct", "auto"] = "translated"
+    trap_backend: Literal["auto", "ptrace"] = "auto"  # how direct execution gets its traps
     host_cpu: int | Literal["auto", "any"] = "auto"  # see docs/decisions on CPU affinity
     translations: str = "keep"  # "keep", "off", or the folder to keep them in
 
@@ -252,7 +253,8 @@ def _known_keys(key: str, plain: dict[str, Any]) -> list[str]:
 def _choices(key: str) -> str:
     choices = {
         "machine.on_reset": 'write "restart" or "stop"',
-        "cpu.user_mode": 'only "translated" exists so far',
+        "cpu.user_mode": 'write "translated", "direct" or "auto"',
+        "cpu.trap_backend": 'write "auto" or "ptrace"',
         "cpu.host_cpu": 'write "auto", "any" or the number of a host CPU',
         "boot.kind": 'write "linux" or "asm"',
     }

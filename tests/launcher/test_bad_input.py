@@ -31,6 +31,14 @@ CASES = {
         machine_text('name = "a"\nmemory = "16M"\non_reset = "explode"'),
         """machine.on_reset: 'explode' is not allowed here; write "restart" or "stop\"""",
     ),
+    "unknown user mode": (
+        machine_text(rest='[cpu]\nuser_mode = "native"\n'),
+        """cpu.user_mode: 'native' is not allowed here; write "translated", "direct" or "auto\"""",
+    ),
+    "unknown trap back end": (
+        machine_text(rest='[cpu]\ntrap_backend = "kvm"\n'),
+        "cpu.trap_backend: 'kvm' is not allowed here; write",
+    ),
     "missing key": (machine_text('memory = "16M"'), "machine.name: is missing; add it"),
     "not TOML": ("[machine\n", "is not valid TOML"),
     "bad machine name": (

@@ -1,6 +1,6 @@
 """`make conformance`: millions of random instances by every executor and the host CPU, and the table of them.
 
-`python -m tests.insn.conform [--cases N] [--seed S] [--jobs J] [--executor NAME]... [--out FILE]`
+`python -m tests.insn.conform [--cases N] [--seed S] [--jobs J] [--minutes M] [--executor NAME] [--out FILE]`
 
 The cases are dealt out to one process per core in turns of some hundred; a seed always gives the same cases.
 The first differences are shrunk; each comes with the command that runs it again.  Status 1 if there are any.
@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.insn.agree import FAMILIES, MAX_FAILURES, run
 from tests.insn.executors import EXECUTORS
@@ -27,34 +28,47 @@ from tests.insn.table import Run, page
 DEFAULT_CASES, DEFAULT_SEED = 5_000_000, 1986
 SHOWN = 3  # differences that are shrunk
 SAY_SECONDS = 30.0
+FOR_EVER = 60.0 * 24 * 365
 FIRST_FAMILY = 1 << 32  # not those of the tests
 
 
-def shares(cases: int, jobs: int) -> list[Iterator[int]]:
-    """The families of each job: batch by batch in turns."""
+class Plan(NamedTuple):
+    """What to run."""
+
+    seed: int
+    cases: int
+    jobs: int
+    executors: tuple[str, ...]
+    minutes: float = FOR_EVER
+
+
+def shares(cases: int, jobs: int, minutes: float) -> list[Iterator[int]]:
+    """The families of each job: batch by batch in turns, none after so many minutes."""
     families = -(-cases // VARIATIONS)
+    end = time.monotonic() + 60 * minutes
 
     def share(job: int) -> Iterator[int]:
         for first in range(job * FAMILIES, families, jobs * FAMILIES):
+            if time.monotonic() > end:
+                return
             yield from range(FIRST_FAMILY + first, FIRST_FAMILY + min(first + FAMILIES, families))
 
     return [share(job) for job in range(jobs)]
 
 
-def _job(seed: int, cases: int, jobs: int, job: int, names: Sequence[str], out: Queue[Report | None]) -> None:
+def _job(plan: Plan, job: int, out: Queue[Report | None]) -> None:
     try:
-        run(seed, shares(cases, jobs)[job], names, out.put)
+        run(plan.seed, shares(plan.cases, plan.jobs, plan.minutes)[job], plan.executors, out.put)
     finally:
         out.put(None)
 
 
-def run_all(seed: int, cases: int, jobs: int, names: Sequence[str], say: bool) -> Report:
+def run_all(plan: Plan, say: bool = False) -> Report:
     """All cases, by that many processes (each with one per executor and one for the host CPU)."""
+    cases, jobs = plan.cases, plan.jobs
     context = multiprocessing.get_context("spawn")
     results: Queue[Report | None] = context.Queue()
-    processes = [
-        context.Process(target=_job, args=(seed, cases, jobs, job, names, results)) for job in range(jobs)
-    ]
+    processes = [context.Process(target=_job, args=(plan, job, results)) for job in range(jobs)]
     for process in processes:
         process.start()
     total, left = Report(), jobs
@@ -68,7 +82,7 @@ def run_all(seed: int, cases: int, jobs: int, names: Sequence[str], say: bool) -
         now = time.monotonic()
         if say and now - said > SAY_SECONDS:
             said = now
-            done = total.row(names[0], None)[0]
+            done = total.row(plan.executors[0], None)[0]
             speed = done / (now - start)
             text = f"{done:,} of {cases:,}, {speed:,.0f}/s, {len(total.failures)} differences"
             print(f"{text}, {(cases - done) / speed / 60:.0f} min left", file=sys.stderr, flush=True)
@@ -99,12 +113,14 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=DEFAULT_CASES)
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--minutes", type=float, default=FOR_EVER, help="stop then, and count what is done")
     parser.add_argument("--executor", action="append", choices=tuple(EXECUTORS), help="default: all")
     parser.add_argument("--out", type=Path, help="write the table as Markdown")
     arguments = parser.parse_args()
-    names = arguments.executor or list(EXECUTORS)
+    names = tuple(arguments.executor or EXECUTORS)
+    plan = Plan(arguments.seed, arguments.cases, arguments.jobs, names, arguments.minutes)
     start = time.monotonic()
-    report = run_all(arguments.seed, arguments.cases, arguments.jobs, names, say=True)
+    report = run_all(plan, say=True)
     seconds = time.monotonic() - start
     print(report.table())
     if report.failures:
@@ -112,7 +128,7 @@ def main() -> int:
         return 1
     if arguments.out is not None:
         cases = report.row(names[0], None)[0]
-        made = Run(arguments.seed, cases, arguments.jobs, seconds, tuple(names))
+        made = Run(plan.seed, cases, plan.jobs, seconds, names)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(page(made, report), encoding="utf-8")
         print(f"written: {arguments.out}")

@@ -16,7 +16,7 @@ from random import Random
 from cpu_node.table import Row
 from tests.insn.segments import DS, FLAT, SS, base_of, inside
 from tests.insn.state import EBP, ESP, PAGE_SIZE, Page
-from tests.insn.values import chance, integer
+from tests.insn.values import chance, integer, integer_pool
 
 Choice = Callable[[Random], int]
 Pokes = list[tuple[int, bytes]]  # (va, bytes)
@@ -172,8 +172,9 @@ class Draft:
                 if data and not self.is_kept(va, len(data)):
                     pokes.append((va, data))
         regs = [value or 0 for value in self.initial]
+        values = rng.choices(integer_pool(), k=8)
         for reg, choice in self.choices.items():
-            regs[reg] = choice(rng) & MASK
+            regs[reg] = values[reg] if choice is integer else choice(rng) & MASK
         for reg, value in self.varied.items():
             regs[reg] = value & MASK
         return tuple(regs), pokes

@@ -22,7 +22,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
-from zlib import crc32
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
@@ -185,7 +184,7 @@ class GuestRunner:
     # One case
 
     def run(self, case: Case) -> CpuState:
-        variant = crc32(case.code())
+        variant = (case.eip + 0x51 * case.code_length) * 0x9E3779B1 >> 13  # the same for a family
         self._place(case, mixed=variant & 3 == 0, clear_bits=variant & 0x1C == 0)
         self._set_registers(case)
         engine = self._engine

@@ -50,9 +50,10 @@ def excluded(case: Case, native: CpuState, other: CpuState) -> Reason | None:
     if native.stop.vector == ALIGNMENT_CHECK and any("0F" in row for row in case.rows):
         return Reason.ALIGNED_16
     both_fault = native.stop.kind == other.stop.kind == "fault"
-    if both_fault and any("cmps" in row for row in case.rows):
+    if both_fault and native.eip == other.eip and any("cmps" in row for row in case.rows):
         return Reason.CMPS_ORDER
-    looked = native.stop.vector in (PAGE_FAULT, ALIGNMENT_CHECK)
+    returns = any(row.endswith((" retf", " iret")) for row in case.rows)
+    looked = returns and native.stop.vector in (PAGE_FAULT, ALIGNMENT_CHECK)
     if looked and other.stop.vector == GENERAL_PROTECTION and other.stop.error:
         return Reason.OUTER_STACK
     ordered = case.selectors == FLAT and not case.blind.fault_page_only

@@ -143,7 +143,10 @@ def _varied(case: Case, variation: Variation) -> Case:
             Page(page.va, bytes(touched[page.va]), page.writable) if page.va in touched else page
             for page in pages
         )
-    return replace(case, regs=variation.regs, eflags=variation.eflags, fx=variation.fx, pages=pages)
+    return Case(  # a third of what dataclasses.replace takes
+        case.eip, variation.regs, variation.eflags, variation.fx, pages, case.code_length, case.rows,
+        case.group, case.blind, case.cpl, case.selectors,
+    )  # fmt: skip
 
 
 def _by_page(va: int, data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -164,6 +167,10 @@ class Stop:
     vector: int = -1
     error: int = 0
     va: int = 0
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as a call: the way dataclasses have is five times slower."""
+        return Stop, (self.kind, self.vector, self.error, self.va)
 
     def comparable(self, case: Case) -> Stop:
         """Of a #PF's error code: a host with NX sets the fetch bit; kernel code lacks the user bit."""
@@ -195,6 +202,11 @@ class CpuState:
     fx: bytes = bytes(FX_SIZE)
     changed: dict[int, bytes] = field(default_factory=dict)
     selectors: tuple[int, ...] = FLAT
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As Stop."""
+        changed, selectors = self.changed, self.selectors
+        return CpuState, (self.stop, self.eip, self.regs, self.eflags, self.fx, changed, selectors)
 
 
 def fx_image(

@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from tests.insn.conform import DEFAULT_SEED, explain, run_all
+from tests.insn.conform import DEFAULT_SEED, Plan, explain, run_all
 from tests.insn.exclusions import EXCLUDED, TESTED_ROWS
 from tests.insn.executors import EXECUTORS
 from tests.insn.forms import summary
@@ -29,7 +29,7 @@ LEAST_FORMS = 0.6  # of each line of the table of forms; millions of cases come 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run_all(SEED, CASES, JOBS, tuple(EXECUTORS), say=False)
+    return run_all(Plan(SEED, CASES, JOBS, tuple(EXECUTORS)))
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

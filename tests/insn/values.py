@@ -5,6 +5,7 @@ Source: Intel SDM volume 1, 4.8 (floating-point formats), 8.1 (x87 state), 10.2.
 
 from __future__ import annotations
 
+import functools
 import struct
 from random import Random
 
@@ -56,6 +57,7 @@ X87_MASKS, X87_SUMMARY = 0x3F, 0x8080  # the six exception masks; ES and B
 MXCSR_FLAGS, MXCSR_MASKS_SHIFT, MXCSR_WRITABLE = 0x3F, 7, 0xFFFF
 POOL_PAGES = 24
 POOL_REGISTERS = 2048
+POOL_INTEGERS = 1 << 15
 
 
 def chance(rng: Random, percent: float) -> bool:
@@ -72,6 +74,13 @@ def integer(rng: Random, bits: int = 32) -> int:
     else:
         value = rng.getrandbits(rng.randint(1, bits))
     return value & ((1 << bits) - 1)
+
+
+@functools.cache
+def integer_pool() -> tuple[int, ...]:
+    """Values of `integer`, for where eight are needed at once."""
+    rng = Random(POOL_INTEGERS)
+    return tuple(integer(rng) for _ in range(POOL_INTEGERS))
 
 
 def single(rng: Random) -> bytes:

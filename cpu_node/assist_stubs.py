@@ -1,6 +1,6 @@
 """Assists: system instructions that come often, done in hand-written code without leaving to Python.
 
-Source: Intel SDM vol. 2 pages of MOV, POP, IRET, SYSENTER, SYSEXIT, INVLPG; vol. 3A 5.8.7.
+Source: Intel SDM vol. 2 pages of MOV, POP, INT n, IRET, SYSENTER, SYSEXIT, INVLPG; vol. 3A 5.8.7, 6.12.1.
 A template jumps here with r8d = the instruction's address, r9d = its operand and, where the guest goes on
 behind it, r10 = the host address of that. An assist does all of the instruction or nothing: with anything
 unusual it leaves to the simulator. What it may take for granted Python wrote to the record (assists.py);
@@ -24,6 +24,7 @@ from cpu_node.descriptor import CS, DS, ES, FS, GS, SS
 from cpu_node.flags import NT, RF, TF, VM
 
 LANDED_SYSENTER, LANDED_SYSEXIT, LANDED_IRET, LANDED_GATE = range(1, 5)  # in CHANGED + CS
+INT_LENGTH = 2  # CD ib
 OUTER_SLOTS = {ES: 0, DS: 1, FS: 2, GS: 3}
 _CODE_SELECTOR = at.SELECTORS + 2 * CS
 _STACK_SELECTOR = at.SELECTORS + 2 * SS
@@ -266,6 +267,69 @@ def _iret() -> str:
         jmp {{tail_jump}}"""
 
 
+def _same_in_kernel(va: int, raw: int) -> str:
+    """The same for code at CPL 3; r13 is the kernel window."""
+    return f"""
+        mov ecx, dword ptr [r15+{va}]
+        mov rcx, [r13+rcx]
+        cmp rcx, [r15+{raw}]
+        jne fail"""
+
+
+def _int() -> str:
+    """INT n at CPL 3 through a gate to CPL 0; r9d is the vector."""
+    return f"""
+        mov r12, rcx
+        {_SAVE_FLAGS}
+        cmp r9d, dword ptr [r15+{at.GATE_VECTOR}]
+        jne fail
+        test dword ptr [r15+{at.SYSTEM_FLAGS}], {NT | VM | TF | RF}
+        jnz fail
+        mov r13, [r15+{at.KERNEL_WINDOW}]
+        {_same_in_kernel(at.GATE_VA, at.GATE_RAW)}
+        {_same_in_kernel(at.GATE_CS_VA, at.GATE_CS_RAW)}
+        {_same_in_kernel(at.GATE_SS_VA, at.GATE_SS_RAW)}
+        mov ecx, dword ptr [r15+{at.GATE_STACK_VA}]
+        mov r10d, dword ptr [r13+rcx]
+        movzx ecx, word ptr [r13+rcx+4]
+        cmp cx, word ptr [r15+{at.GATE_SELECTORS + 2}]
+        jne fail
+        {_RESTORE_FLAGS}
+        mov r9, rsp
+        mov rsp, [r15+{at.HOST_RSP}]
+        pushfq
+        pop r11
+        mov rsp, r9
+        mov ecx, dword ptr [r15+{at.INTERRUPT_FLAG}]
+        lea r11d, [r11+rcx-0x200]
+        mov ecx, dword ptr [r15+{at.SYSTEM_FLAGS}]
+        lea r11d, [r11+rcx]
+        lea r9d, [r10-20]
+        lea rcx, [r13+r9]
+        movzx r10d, word ptr [r15+{_STACK_SELECTOR}]
+        mov dword ptr [rcx+16], r10d
+        mov dword ptr [rcx+12], esp
+        mov dword ptr [rcx+8], r11d
+        movzx r10d, word ptr [r15+{_CODE_SELECTOR}]
+        mov dword ptr [rcx+4], r10d
+        lea r10d, [r8+{INT_LENGTH}]
+        mov dword ptr [rcx], r10d
+        mov ecx, dword ptr [r15+{at.GATE_CLEARS_IF}]
+        jrcxz trap
+        mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0
+    trap:
+        mov ecx, dword ptr [r15+{at.GATE_SELECTORS}]
+        mov dword ptr [r15+{_CODE_SELECTOR}], ecx
+        mov byte ptr [r15+{_LANDED}], {LANDED_GATE}
+        mov esp, r9d
+        mov r8d, dword ptr [r15+{at.GATE_EIP}]
+        {_enter_window(at.KERNEL_WINDOW, at.KERNEL_TABLE)}
+        jmp {{tail_jump}}
+    fail:
+        {_RESTORE_FLAGS}
+        {_to_simulator()}"""
+
+
 def _invlpg() -> str:
     """INVLPG of a page from which nothing was derived; r9d is the linear address."""
     return f"""
@@ -295,7 +359,7 @@ def assist_image() -> AssistImage:
             ("fix", _fix(False)), ("fix_flags", _fix(True)),
             ("es", _load(ES)), ("ds", _load(DS)), ("fs", _load(FS)), ("gs", _load(GS)),
             ("sysenter", _sysenter()), ("sysexit", _sysexit()),
-            ("iret", _iret()), ("invlpg", _invlpg()),
+            ("iret", _iret()), ("invlpg", _invlpg()), ("int", _int()),
         ),
         ("tail_return", "tail_jump"),
         "fix",

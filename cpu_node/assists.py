@@ -13,6 +13,7 @@ from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.assist_stubs import (
     ASSIST_NAMES,
+    LANDED_GATE,
     LANDED_IRET,
     LANDED_SYSENTER,
     LANDED_SYSEXIT,
@@ -21,12 +22,25 @@ from cpu_node.assist_stubs import (
 )
 from cpu_node.contexts import Contexts
 from cpu_node.cpu import CR0_PE, Cpu
-from cpu_node.descriptor import CS, SELECTOR_INDEX, SELECTOR_TI, SS, Segment, null, parse
+from cpu_node.descriptor import (
+    CS,
+    INTERRUPT_GATE32,
+    SELECTOR_INDEX,
+    SELECTOR_TI,
+    SS,
+    TRAP_GATE32,
+    TSS32_BUSY,
+    Segment,
+    gate,
+    null,
+    parse,
+)
 from cpu_node.far import CODE32_RING0, CODE32_RING3, DATA32_RING0, DATA32_RING3
 from cpu_node.flags import VM
 from cpu_node.record_unsafe import Record
 from cpu_node.stubs_unsafe import assist_addresses
 
+NO_VECTOR = 0xFFFFFFFF
 FLAT_LIMIT = 0x000F_0000_0000_FFFF  # of a descriptor; SYSENTER's segments have no other
 _CHANGED = at.CHANGED // 8
 
@@ -40,6 +54,7 @@ class Assists:
         self.contexts = contexts
         self._known: list[int] = []  # selectors with an entry
         self._gdt = (0, 0)
+        self._gate_tables: tuple[object, ...] = ()  # what the known gate depends on
         self._kernel: tuple[Segment, Segment] | None = None  # CS and SS as last seen at CPL 0
         self._user: tuple[Segment, Segment] | None = None
         self.modes = {0: 0, 3: modes.USER}  # the current mode at both privilege levels
@@ -57,6 +72,10 @@ class Assists:
         if (cpu.gdt_base, cpu.gdt_limit) != self._gdt:
             self._gdt = (cpu.gdt_base, cpu.gdt_limit)
             self.forget_selectors()
+        tables = (cpu.idt_base, cpu.idt_limit, *self._gdt, cpu.tr)
+        if tables != self._gate_tables:
+            self._gate_tables = tables
+            d[at.GATE_VECTOR // 4] = NO_VECTOR
         contexts, user = self.contexts, mode & modes.USER
         q[at.KERNEL_WINDOW // 8] = contexts.space.kernel.ha
         q[at.TOUCHED_BY_SPACE // 8] = contexts.space.touched.ha
@@ -135,6 +154,31 @@ class Assists:
         d[(entry + at.SELECTOR_VA) // 4] = cpu.gdt_base + (selector & SELECTOR_INDEX) & 0xFFFFFFFF
         q[(entry + at.SELECTOR_RAW) // 8] = segment.raw
         self._known.append(selector)
+
+    def interrupted(self, vector: int, cpl: int) -> None:
+        """The simulator delivered INT n: the next one may be assisted."""
+        cpu, d, q = self.cpu, self.record.d, self.record.q
+        code, stack = cpu.seg[CS], cpu.seg[SS]
+        if cpl != 3 or cpu.cpl or not cpu.protected:
+            return
+        if not (code.flat and stack.flat and code.big and stack.big):
+            return
+        entry_va = cpu.idt_base + 8 * vector & 0xFFFFFFFF
+        raw_gate = cpu.memory.read64(entry_va)
+        entry = gate(raw_gate)
+        places = self._in_gdt(code), self._in_gdt(stack)
+        if entry.type not in (INTERRUPT_GATE32, TRAP_GATE32) or cpu.tr.type != TSS32_BUSY:
+            return
+        if places[0] is None or places[1] is None or code.conforming or not (code.raw and stack.raw):
+            return
+        d[at.GATE_VECTOR // 4], d[at.GATE_VA // 4], d[at.GATE_EIP // 4] = vector, entry_va, entry.offset
+        d[at.GATE_CS_VA // 4], d[at.GATE_SS_VA // 4] = places[0][0], places[1][0]
+        d[at.GATE_STACK_VA // 4] = cpu.tr.base + 4 & 0xFFFFFFFF
+        d[at.GATE_SELECTORS // 4] = code.selector | stack.selector << 16
+        d[at.GATE_CLEARS_IF // 4] = entry.type == INTERRUPT_GATE32
+        q[at.GATE_RAW // 8] = raw_gate
+        q[at.GATE_CS_RAW // 8], q[at.GATE_SS_RAW // 8] = code.raw, stack.raw
+        self._landings[LANDED_GATE] = (code, stack, 0)
 
     def forget_selectors(self) -> None:
         """The GDT is another."""

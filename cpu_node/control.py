@@ -155,6 +155,7 @@ def lidt(cpu: Cpu, limit: int, base: int, size: int) -> None:
     """LIDT; operand size 2 takes 24 bits of the base."""
     require_ring0(cpu)
     cpu.idt_limit, cpu.idt_base = limit, base if size == 4 else base & 0xFFFFFF
+    cpu.hooks.mode_changed()
 
 
 def sgdt(cpu: Cpu) -> tuple[int, int]:

@@ -114,6 +114,9 @@ class Hooks(Protocol):
     def segment_loaded(self, index: int, selector: int) -> None:
         """An instruction loaded DS, ES, FS or GS with a selector without a fault."""
 
+    def interrupted(self, vector: int, cpl: int) -> None:
+        """An INT n was delivered; it was executed at `cpl`."""
+
     def rdtsc(self) -> int:
         """The time-stamp counter before Cpu.tsc_adjust is added."""
 

@@ -394,6 +394,8 @@ class Templates:
             END, leaf[1], 0, leaf[3], None, 0)
 
     def _icall(self, insn: Insn) -> Leaf:
-        if insn.opsize16 or (insn.is_memory and self._is_segmented(insn)):
+        if insn.opsize16:
             return self._stop(insn)
+        if insn.is_memory and self._is_segmented(insn):
+            return (ICALL, insn.length, 0, b"", self._segmented(insn, b"\x65\x45\x8b\x00")[4], 0)
         return (ICALL, insn.length, insn.path if insn.length > insn.path else 0, self._load_r8(insn), None, 0)

@@ -1,7 +1,7 @@
 """Templates of system instructions that assists do (assist_stubs.py); what is not here the simulator does.
 
-Left out: anything at CPL 3 but SYSENTER; loads of SS; operands through FS and GS; 16-bit operands of POP and
-IRET; LDS and its kin.
+Left out: anything at CPL 3 but SYSENTER and INT n; loads of SS; operands through FS and GS; 16-bit operands
+of POP and IRET; LDS and its kin.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 
 from cpu_node import layout as at
-from cpu_node.assist_stubs import assist_slot
+from cpu_node.assist_stubs import INT_LENGTH, assist_slot
 from cpu_node.decode import FS, GS, Insn
 from cpu_node.descriptor import DS, ES
 from cpu_node.encode import END, FUNCTION, MOV_R8, POPPED, WINDOW, Leaf, modrm_bytes
@@ -74,6 +74,11 @@ def _read_control(insn: Insn) -> Leaf | None:
     return (FUNCTION, insn.length, 0, b"", lambda page, offset, va: load, 0)
 
 
+def _int(insn: Insn) -> Leaf:
+    jump = b"\x41\xb9" + struct.pack("<I", insn.imm & 0xFF) + _jump("int")  # mov r9d, vector
+    return (END, insn.length, 0, b"", lambda page, offset, va: MOV_R8 + struct.pack("<I", va) + jump, 0)
+
+
 def _iret(insn: Insn) -> Leaf | None:
     return None if insn.opsize16 else _end(insn, "iret")
 
@@ -93,7 +98,7 @@ def system_leaf(insn: Insn, user: bool) -> Leaf | None:
     if row.mnemonic == "sysenter":
         return _end(insn, "sysenter")
     if user:
-        return None
+        return _int(insn) if row.mnemonic == "int" and insn.length == INT_LENGTH else None
     if row.mnemonic == "invlpg":
         return _invlpg(insn)
     shape = _KERNEL.get((row.map, row.opcode))

@@ -148,6 +148,9 @@ class Engine:
     def segment_loaded(self, index: int, selector: int) -> None:
         self.assists.loaded(index, selector)
 
+    def interrupted(self, vector: int, cpl: int) -> None:
+        self.assists.interrupted(vector, cpl)
+
     def rdtsc(self) -> int:
         return self.platform.rdtsc()
 

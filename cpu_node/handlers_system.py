@@ -149,6 +149,12 @@ def _far_direct(sim: Simulator, insn: Insn) -> None:
     transfer(sim.cpu, insn.imm2, insn.imm, insn.opsize)
 
 
+def _int(sim: Simulator, insn: Insn) -> None:
+    cpl = sim.cpu.cpl
+    gates.int_n(sim.cpu, insn.imm & 0xFF)
+    sim.cpu.hooks.interrupted(insn.imm & 0xFF, cpl)
+
+
 def _iret(sim: Simulator, insn: Insn) -> None:
     in_nmi = sim.cpu.nmi_blocked
     iret.iret(sim.cpu, insn.opsize)
@@ -298,7 +304,7 @@ NAMED: dict[str, Handler] = {
     "sysexit": lambda sim, insn: far.sysexit(sim.cpu),
     "iret": _iret,
     "retf": lambda sim, insn: far.far_return(sim.cpu, insn.opsize, insn.imm),
-    "int": lambda sim, insn: gates.int_n(sim.cpu, insn.imm & 0xFF),
+    "int": _int,
     "int3": lambda sim, insn: gates.int3(sim.cpu),
     "into": _into,
     "int1": lambda sim, insn: gates.int1(sim.cpu),

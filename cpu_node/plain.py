@@ -120,6 +120,9 @@ class RecordingHooks:
     def segment_loaded(self, index: int, selector: int) -> None:
         """Not written down: segments_changed is."""
 
+    def interrupted(self, vector: int, cpl: int) -> None:
+        """Not written down."""
+
     def rdtsc(self) -> int:
         self.tsc += 1
         return self.tsc

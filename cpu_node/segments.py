@@ -203,6 +203,7 @@ def ltr(cpu: Cpu, selector: int) -> None:
     if not segment.present:
         raise GuestFault(NP, selector & 0xFFFC)
     cpu.tr = parse(selector, set_busy(cpu, va, raw, busy=True))
+    cpu.hooks.mode_changed()
 
 
 def sldt(cpu: Cpu) -> int:

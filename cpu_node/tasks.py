@@ -146,6 +146,7 @@ def switch(cpu: Cpu, selector: int, va: int, raw: int, reason: Reason, flags: in
     if reason is not Reason.RETURN:
         raw = set_busy(cpu, va, raw, busy=True)
     cpu.tr = parse(selector, raw)
+    cpu.hooks.mode_changed()
     try:
         _commit(cpu, state, eflags, ext)
     except GuestFault as fault:

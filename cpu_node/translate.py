@@ -211,7 +211,10 @@ def translate(line: Line, start: int, templates: Templates, position: int,
             at += len(piece)
             break
         elif kind == ICALL:
-            piece = pre + (code[i + skip : following] if skip else b"") + STORE_IMM
+            piece = pre + (code[i + skip : following] if skip else b"")
+            if post is not None:
+                piece = post(code, i, va0 + i & 0xFFFFFFFF)
+            piece += STORE_IMM
             piece += (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + JUMP_R8
             put(piece)
             at += len(piece)

@@ -15,7 +15,7 @@ import pytest
 from cpu_node import layout as at
 from cpu_node.cpu import EAX, EBX, EDI, ESI
 from cpu_node.descriptor import CS, FS, GS, SS, pack
-from cpu_node.errors import GP, PF
+from cpu_node.errors import GP, PF, TripleFault
 from cpu_node.flags import AC, ID, NT
 from cpu_node.layout import EXIT_ASSIST, EXIT_SIMULATE
 from tests.cpu_node.board import (
@@ -29,11 +29,15 @@ from tests.cpu_node.board import (
     FIRST_FREE,
     FLAT,
     GDT,
+    IDT,
     IRET,
     RW,
     STACK,
     STACK3,
+    TSS,
+    TSS_SEL,
     US,
+    VECTOR,
     Board,
     P,
 )
@@ -41,7 +45,7 @@ from tests.cpu_node.child import isolated
 from tests.cpu_node.twice import same
 
 ROUNDS = 50
-TLS, LIMITED, GONE, LOCAL = FIRST_FREE, FIRST_FREE + 8, FIRST_FREE + 16, FIRST_FREE + 24
+TLS, LIMITED, GONE, LOCAL, SPARE = range(FIRST_FREE, FIRST_FREE + 40, 8)
 INNER = CODE + 0x2000
 MSRS = "mov ecx, {}\nmov eax, {}\nxor edx, edx\nwrmsr"
 
@@ -270,6 +274,55 @@ OUTWARD = {
 def test_iret_outward(name: str) -> None:
     board = same(OUTWARD[name], _with_way_back)
     assert board.regs[ESI] == ROUNDS
+
+
+GATE, SS0, ESP0 = IDT + 8 * VECTOR, TSS + 8, TSS + 4
+CHANGES = {
+    "offset": f"mov word ptr [{GATE:#x}], 0x2200",
+    "dpl": f"mov byte ptr [{GATE + 5:#x}], 0x8e",
+    "trap gate": f"mov byte ptr [{GATE + 5:#x}], 0xef",
+    "absent": f"mov byte ptr [{GATE + 5:#x}], 0x6e",
+    "esp0": f"sub dword ptr [{ESP0:#x}], 0x40",
+    "ss0": f"mov word ptr [{SS0:#x}], {SPARE}",
+    "ltr": f"mov word ptr [{ESP0:#x}], 0x8f00\nmov byte ptr [{GDT + TSS_SEL + 5:#x}], 0x89\n"
+           f"mov eax, {TSS_SEL}\nltr ax",
+    "if": "sti\npushfd\nand dword ptr [esp], 0xfffffdff\npopfd",
+}  # fmt: skip
+FATAL = {  # no exception can be delivered either
+    "ss0 at cpl 3": f"mov word ptr [{SS0:#x}], {DATA3}",
+    "stack not present": f"mov dword ptr [{ESP0:#x}], 0x70000010",
+    "code": f"mov byte ptr [{GDT + CODE0 + 5:#x}], 0x1a",
+}
+
+
+def _changed_at_the_end(board: Board, change: str) -> None:
+    _with_way_back(board)
+    board.describe(SPARE, pack(0, FLAT, 0xC093))
+    for vector in (8, 10, 11, 12, 13, 14):
+        board.gate(vector, INNER + 0x400)
+    board.load("mov esi, [esp]\nhlt", INNER + 0x400)
+    board.load("mov ecx, [esp]\nmov edx, [esp+8]\nmov edi, esp\nhlt", INNER + 0x200)
+    board.load(HANDLED.format(again=CODE + 5).replace("jz out", "jz change").replace(
+        "out: hlt", f"change: {change}\nmov ebp, 1\nmov eax, {DATA0}\nsub esi, {ROUNDS}\njz over\n"
+        f"hlt\nover: jmp {CODE + 5:#x}"), INNER)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@isolated
+def test_what_int_depends_on_changes(name: str) -> None:
+    """After rounds that worked the kernel side changes something; the next INT must do as the simulator's."""
+    same(OUTWARD["plain"], lambda board: _changed_at_the_end(board, CHANGES[name]))
+
+
+@pytest.mark.parametrize("name", FATAL)
+@isolated
+def test_int_that_cannot_be_delivered(name: str) -> None:
+    board = Board()
+    board.paging()
+    _changed_at_the_end(board, FATAL[name])
+    with pytest.raises(TripleFault):
+        board.run(OUTWARD["plain"])
+    assert board.regs[ESI] == 1  # the round after the change
 
 
 @isolated

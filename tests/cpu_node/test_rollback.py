@@ -56,6 +56,7 @@ SHAPES = {
     "fs": "mov eax, fs:[8]\nadd fs:[esi-0x200000+4], eax\npush dword ptr fs:[16]\nmov fs:[ebx+ecx*4], cl\n"
           "mov byte ptr gs:[4], 0x55\nmov eax, fs:[0]\nmov gs:[0], eax\nlea edx, [ebx+ecx]",
     "fs jump": "mov ebx, over\nmov fs:[12], ebx\njmp dword ptr fs:[12]\nint3\nover: nop",
+    "fs call": "mov ebx, over\nmov fs:[12], ebx\ncall dword ptr fs:[12]\nnop\nover: pop eax\npush ebx",
     "xlat": "mov ebx, esi\nmov al, 7\nxlatb",
     "moffs": "mov eax, [0x200010]\nmov [0x200014], al\nmov ax, [0x200018]\nmov ds:[0x20001c], eax",
     "simulated": "daa\nmov eax, cr0\ncpuid\naam\nmov ecx, 4\nmov dx, 0x80\nout dx, al",

@@ -156,6 +156,12 @@ def _enter_window(window: int, table: int) -> str:
         mov [r15+{at.TABLE}], r14"""
 
 
+_COUNT_ENTRY = f"""
+        mov rcx, [r15+{at.ENTERED_USER}]
+        lea rcx, [rcx+1]
+        mov [r15+{at.ENTERED_USER}], rcx"""
+
+
 def _sysenter() -> str:
     return f"""
         mov r12, rcx
@@ -186,6 +192,7 @@ def _sysexit() -> str:
         mov esp, r12d
         mov r8d, edx
         {_enter_window(at.USER_WINDOW, at.USER_TABLE)}
+        {_COUNT_ENTRY}
         jmp {{tail_jump}}
     fail:
         {_to_simulator()}"""
@@ -251,6 +258,7 @@ def _iret() -> str:
         mov byte ptr [r15+{_LANDED}], {LANDED_IRET}
         mov r8d, r13d
         {_enter_window(at.USER_WINDOW, at.USER_TABLE)}
+        {_COUNT_ENTRY}
         mov r13d, r8d
     commit:
         mov r8d, r13d

@@ -368,6 +368,8 @@ class Engine:
         self.record.q[at.WINDOW // 8] = window
         self.record.q[at.TABLE // 8] = table
         self.assists.refresh(mode)
+        if self.direct is not None and self.direct.wanted():
+            self.record.q[at.USER_TABLE // 8] = 0  # assists leave where they would go to CPL 3
 
     def _adopt(self) -> None:
         """Assists changed segment registers, perhaps the privilege level."""

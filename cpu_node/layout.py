@@ -72,6 +72,7 @@ CR0 = 0x1B0  # for MOV r32, CRn
 CR2 = 0x1B4
 CR3 = 0x1B8
 CR4 = 0x1BC
+ENTERED_USER = 0x1C0  # qword, counts assists that went to CPL 3
 FX = 0x200  # fxsave image
 # of IRET, and below it of INT n
 RETURN_READY = 0x400  # dword, not 0: IRET may be assisted

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from time import perf_counter_ns
+from time import clock_gettime_ns, thread_time_ns
 from typing import TYPE_CHECKING, assert_never
 
 from cpu_node import layout as at
@@ -57,6 +57,7 @@ _NATIVE = STATUS | TF | DF | NT | AC | ID  # EFLAGS that CPL 3 changes
 _REFUSED = TF | NT | AC | VM | IOPL | VIF | VIP
 _INT80, _INT3, _INT_3, _INT_4, _INTO, _INT1 = b"\xcd\x80", 0xCC, b"\xcd\x03", b"\xcd\x04", 0xCE, 0xF1
 _LONGEST = 15
+_CPUCLOCK_SCHED = 2  # of a process's clock id, as clock_getcpuclockid() makes it
 _DIVISIONS = frozenset(("div", "idiv", "aam"))
 
 
@@ -100,16 +101,16 @@ class Direct:
             return False
         self._load()
         while True:
-            begin = perf_counter_ns()
+            begin = cpu_ns(window.child.pid)
             try:
                 event = window.child.run(self._state, self._wait)
             except MapRefused as error:
                 self._give_up(f"the host refused a mapping: {error}")
                 return False
-            stretch = perf_counter_ns() - begin
+            stretch = max(0, cpu_ns(window.child.pid) - begin)
             self.direct_ns += stretch
-            if auto is not None:
-                auto.direct(space.pace, stretch)
+            if auto is not None and auto.direct(space.pace, stretch):
+                self.engine.mode_changed()
             self.exits[type(event).__name__] += 1
             if isinstance(event, Gone):
                 self._replace(window, event)
@@ -124,21 +125,26 @@ class Direct:
         self._event(event)
         return True
 
+    def wanted(self) -> bool:
+        """Is the current space's user code to run directly, where it can?"""
+        return self.broken is None and (self.auto is None or self.engine.contexts.space.pace.direct)
+
     def timed(self, enter: Callable[[], None]) -> Callable[[], None]:
-        """`enter`, its time counted where it runs user code."""
-        engine, contexts, auto = self.engine, self.engine.contexts, self.auto
+        """`enter`, its time counted where it runs user code, alone or with what it asks of the kernel."""
+        engine, contexts, auto, q = self.engine, self.engine.contexts, self.auto, self.engine.record.q
+        entries = at.ENTERED_USER // 8
 
         def entered() -> None:
-            if not engine.mode & modes.USER:
-                enter()
-                return
-            space = contexts.space
-            begin = perf_counter_ns()
+            space, before = contexts.space, q[entries] - (engine.mode & modes.USER)
+            begin = thread_time_ns()
             enter()
-            stretch = perf_counter_ns() - begin
+            traps = q[entries] - before
+            if not traps:
+                return
+            stretch = thread_time_ns() - begin
             self.translated_ns += stretch
-            if auto is not None:
-                auto.translated(space.pace, stretch)
+            if auto is not None and auto.translated(space.pace, stretch, traps):
+                engine.mode_changed()
 
         return entered
 
@@ -362,6 +368,14 @@ class Direct:
         except GuestFault as fault:
             return 0 if fault.vector == UD else length
         return 0 if _may_fault(insn) else length
+
+
+def cpu_ns(pid: int) -> int:
+    """Time that a process has had a processor, whatever else the host does; 0 when it is no more."""
+    try:
+        return clock_gettime_ns(~pid << 3 | _CPUCLOCK_SCHED)
+    except OSError:
+        return 0
 
 
 def _plain(segment: Segment) -> bool:

@@ -34,26 +34,27 @@ class Auto:
         self.went_direct = 0
         self.came_back = 0
 
-    def translated(self, pace: Pace, stretch_ns: int) -> None:
-        """Translated user code ran for `stretch_ns` until it was left."""
-        balance = pace.balance_ns + stretch_ns - self.price_ns
-        if balance <= 0:
-            pace.balance_ns = 0
-        elif balance < pace.goal_ns:
-            pace.balance_ns = balance
-        else:
-            pace.direct, pace.balance_ns = True, 0
-            self.went_direct += 1
+    def translated(self, pace: Pace, stretch_ns: int, traps: int) -> bool:
+        """Translated user code ran for `stretch_ns`, with as many traps. True: it goes direct from now on."""
+        balance = pace.balance_ns + stretch_ns - traps * self.price_ns
+        if balance < pace.goal_ns:
+            pace.balance_ns = max(balance, 0)
+            return False
+        pace.direct, pace.balance_ns = True, 0
+        self.went_direct += 1
+        return True
 
-    def direct(self, pace: Pace, stretch_ns: int) -> None:
-        """Direct code ran for `stretch_ns` until it trapped."""
+    def direct(self, pace: Pace, stretch_ns: int) -> bool:
+        """Direct code ran for `stretch_ns` until it trapped. True: it is translated from now on."""
         balance = pace.balance_ns + stretch_ns - self.price_ns
         if balance < -LOSE_NS:
             pace.direct, pace.balance_ns = False, 0
             pace.goal_ns = min(2 * pace.goal_ns, EARN_MOST_NS)
             self.came_back += 1
-        elif balance > pace.goal_ns:  # it was right to go
+            return True
+        if balance > pace.goal_ns:  # it was right to go
             pace.goal_ns = max(pace.goal_ns // 2, EARN_NS)
             pace.balance_ns = 0
         else:
             pace.balance_ns = balance
+        return False

@@ -9,7 +9,7 @@ from pathlib import Path
 from devices.host import console_path
 from launcher.affinity import CoreLoad, check_host_cpu, dialogue_cores
 from launcher.checks import HostFacts, check_host, check_memory
-from launcher.config import MachineConfig, read_config
+from launcher.config import LinuxBoot, MachineConfig, read_config
 from launcher.daemon import OnReady
 from launcher.entries import EntryPoints
 from launcher.forkserver import ForkServer
@@ -21,6 +21,8 @@ from launcher.rundir import RunDir
 from launcher.signals import Signals
 from launcher.supervisor import Launch, MachineEnd, Supervisor
 from launcher.tsc_unsafe import TscClock
+
+KEPT = ".kept"  # files of translations
 
 
 def check(file: Path, facts: HostFacts, name: str | None = None) -> MachinePlan:
@@ -67,11 +69,21 @@ def run_machine(
             stop_on_reset=_stops(options, config),
         )
         journal = Journal(config.machine.name, options.log_level)
+        if first := first_translation(config):
+            journal.tell(first)
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
         log = run_dir.path.with_name(f"{config.machine.name}.log")
         end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)
         _tell_end(journal, end, options.log_level)
         return end.status
+
+
+def first_translation(config: MachineConfig) -> str | None:
+    """A line for the start that has no translation to take over; that of a small guest takes no time."""
+    folder = config.translations_folder
+    if folder is None or not isinstance(config.boot, LinuxBoot) or any(folder.glob(f"*/*{KEPT}")):
+        return None
+    return f"first start: the guest's code is translated as it runs, and kept in {folder} for the next"
 
 
 def _stops(options: UpOptions, config: MachineConfig) -> bool:

@@ -21,6 +21,7 @@ from launcher.journal import Journal
 from launcher.plan import child_specs, make_plan
 from launcher.report import cpu_state_lines, last_line, process_state, ps_row, table
 from launcher.rundir import RunDir, remove_if_dead, running_machines, runtime_root
+from launcher.session import first_translation
 from launcher.tsc_unsafe import TscClock
 from tests.launcher.conftest import machine_text, wait_until
 
@@ -273,3 +274,20 @@ def test_journal_levels_and_repetition(capfd: pytest.CaptureFixture[str]) -> Non
     journal.tell("one\ntwo")
     assert capfd.readouterr().err == "m: cpu0: open-bus: read of port 1\nm: one\nm: two\n"
     assert journal.hidden() == "1 log"
+
+
+def test_the_first_start_is_announced(tmp_path: Path) -> None:
+    """Only where translations are kept, and none are there yet."""
+    (tmp_path / "k").touch()
+    file = tmp_path / "machine.toml"
+    text = '[machine]\nname = "m"\nmemory = "64M"\n[boot]\nkind = "linux"\nkernel = "k"\n'
+
+    def line(cpu: str) -> str | None:
+        file.write_text(f"{text}[cpu]\n{cpu}\n")
+        return first_translation(read_config(file))
+
+    assert line('translations = "off"') is None
+    assert str(tmp_path / "kept") in (line('translations = "./kept"') or "")
+    (tmp_path / "kept" / "version").mkdir(parents=True)
+    (tmp_path / "kept" / "version" / "1.kept").touch()
+    assert line('translations = "./kept"') is None

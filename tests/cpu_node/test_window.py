@@ -295,6 +295,26 @@ def test_hidden_pages_are_unmapped_in_bulk() -> None:
 
 
 @isolated
+def test_invlpg_of_a_kernel_page_that_is_gone_takes_those_behind_it_along() -> None:
+    board = Board()
+    board.paging()
+    for n in range(PAGES):
+        board.map(0x4000_0000 + n * 0x1000, 0x400000 + n * 0x1000, P | RW | A | D)
+    board.flush()
+    assert _fills(board) == 1  # neighbours come along
+    window = board.engine.contexts.space.kernel
+    board.map(0x4000_0000 + 5 * 0x1000, 0, 0)
+    board.engine.invlpg(0x4000_0000 + 5 * 0x1000)
+    assert sorted(page - 0x40000 for page in window.small if page >> 10 == 0x100) == [*range(5)]
+    check(board.engine.contexts)
+    board.map(0x4000_0000 + 5 * 0x1000, 0x400000 + 5 * 0x1000, P | RW | A | D)
+    assert _fills(board) == 1
+    assert not window.hidden
+    for n in range(PAGES):
+        assert board.peek32(0x400000 + n * 0x1000) == 2
+
+
+@isolated
 def test_a_big_page_takes_hidden_ones_along() -> None:
     """A page is hidden, a 4 MiB page is mapped over it and goes; then the small one comes back."""
     board = _scattered(ALL | A | D)

@@ -41,7 +41,7 @@ def svg(results: Sequence[Result], caption: str) -> str:
         tick *= 10
     for number, result in enumerate(results):
         y = TOP + STEP * number + STEP // 2
-        out.append(_text(LEFT - 12, y + 4, f"{result.row.title}, {result.row.series}", anchor="end"))
+        out.append(_text(LEFT - 12, y + 4, result.row.name, anchor="end"))
         words = []
         for ratio, filled in ((result.to_qemu, True), (result.to_native, False)):
             if ratio is not None:

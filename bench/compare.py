@@ -22,7 +22,7 @@ from pathlib import Path
 from bench import boot
 from bench.chart import svg
 from bench.load import Load
-from bench.rows import BOOT, PARTS, ROWS, Result, Row, checks_of, result_of, times_of
+from bench.rows import BOOT, BOOT_CPU, PARTS, ROWS, Result, Row, checks_of, result_of, times_of
 from bench.table import table
 from launcher.config import read_config
 from launcher.errors import LauncherError
@@ -104,7 +104,8 @@ class Plan:
 
     def _boot(self, series: str, command: list[str]) -> None:
         run = self._run(series, command, "ready")
-        self.rounds[-1].setdefault(series, {})[BOOT] = run.seconds["ready"] * 1e9
+        times = {BOOT: run.seconds["ready"] * 1e9, BOOT_CPU: run.cpu * 1e9}
+        self.rounds[-1].setdefault(series, {}).update(times)
 
     def _bench(self, series: str, command: list[str]) -> None:
         self._keep(series, self._run(series, command, "bench").lines)

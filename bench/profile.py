@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--groups", default="", help="benchmark groups to run, like vm,proc")
     parser.add_argument("--program", default="", help="show only programs whose name begins so")
     parser.add_argument("--scale", type=int, default=4, help="divide the programs' work (default 4)")
+    parser.add_argument("--cpu", action="store_true", help="count CPU time: for a host that is busy")
     parser.add_argument("--machine", type=Path, default=boot.REPO / "machines" / "linux.toml")
     parser.add_argument("--memory", type=int, default=256, help="MiB of guest memory (default 256)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -48,7 +49,7 @@ def profiles(options: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, 
     """(what ran, rows of `launcher stats`) as they come."""
     words = f"bench=on bgroups={options.groups} bscale={options.scale} end=halt" if options.groups else ""
     file = linux(options.machine, options.memory, words, bool(options.groups))
-    with running(file, BACKPLANE_TIMING="1") as machine:
+    with running(file, BACKPLANE_TIMING="cpu" if options.cpu else "1") as machine:
         if not options.groups:
             machine.wait_for("GUEST-READY")
             yield "boot to the shell", machine.rows()

@@ -24,7 +24,7 @@ def table(results: Iterable[Result]) -> str:
     """One line per row; times are medians, of several programs the geometric mean of their times."""
     rows: list[Sequence[str]] = [HEAD]
     for r in results:
-        rows.append((f"{r.row.title}, {r.row.series}", time(r.ours_ns), time(r.qemu_ns), *_cells(r.to_qemu),
+        rows.append((r.row.name, time(r.ours_ns), time(r.qemu_ns), *_cells(r.to_qemu),
                      time(r.native_ns), *_cells(r.to_native)))
     return aligned(rows, left=(0, 5, 9))
 

@@ -54,7 +54,7 @@ from cpu_node.store import Store, version
 from memory_node.client import attach
 
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
-TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment, not empty: measure from the start on
+TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment: time from the start on; "cpu": CPU time
 CLOSE_S = 2.0
 KEEP_AFTER = 20_000  # instructions translated before an idle CPU writes translations to the disk
 KEEP_EVERY_NS = 10_000_000_000
@@ -148,7 +148,9 @@ class Node:
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
         self._endpoint_stats: dict[str, Any] = {}
         self._timing: timing.Timing | None = None
-        self._timing_wanted: bool | None = bool(os.environ.get(TIMING_VARIABLE)) or None
+        how = os.environ.get(TIMING_VARIABLE, "")
+        self._timing_wanted: bool | None = True if how else None
+        self._timing_clock = time.thread_time_ns if how == "cpu" else time.perf_counter_ns
         self._bus_ready = threading.Event()
 
     # ---- the CPU's thread
@@ -371,7 +373,7 @@ class Node:
             return
         if self._timing is not None:
             self._timing.stop()
-        self._timing = timing.Timing(self.engine) if wanted else None
+        self._timing = timing.Timing(self.engine, timing.Clock(self._timing_clock)) if wanted else None
 
     def _send(self, frame: Frame) -> None:
         self._outbox.append((None, frame))

@@ -74,7 +74,7 @@ def test_the_worse_of_two_targets_is_the_rows() -> None:
 
 
 def test_rows_have_names_of_their_own_and_groups_that_exist() -> None:
-    assert len({row.key for row in ROWS}) == len(ROWS)
+    assert len({row.name for row in ROWS}) == len(ROWS)
     known = {"int", "x87", "sse2", "mem", "sys", "proc", "vm", "call", "jit", "hw"}
     for row in ROWS:
         assert set(row.groups) <= known

@@ -23,7 +23,7 @@ from cpu_node.window import CodePages, Space, Window
 
 MAX_SPACES = 48
 MAX_MAPPINGS = 40_000  # the host allows 65,530
-COUNT_EVERY = 2048  # changes of windows, each of them worth three mappings at most
+COUNT_EVERY = 6000  # changes of windows, each of them worth three mappings at most
 DEVICE_AFTER = 8  # accesses to devices before an instruction is left to the simulator
 MIXED_AFTER = 4  # writes to a page's code before its translations verify themselves
 

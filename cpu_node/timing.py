@@ -20,6 +20,7 @@ from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 
 if TYPE_CHECKING:
+    from cpu_node.dispatch import Table
     from cpu_node.engine import Engine
 
 GUEST, LOOP, TRANSLATE, IDLE, BUS, MAP = "guest", "loop", "translate", "idle", "bus", "map"
@@ -76,7 +77,7 @@ class Timing:
         self._undo: list[Callable[[], None]] = []
         self._put(engine.record, "enter", self._timed_enter(engine.record.enter))
         contexts = engine.contexts
-        for owner, name, activity in (
+        parts: list[tuple[Any, str, str]] = [
             (contexts.cache, "translate", TRANSLATE),
             (contexts, "fill", "fill a window"),
             (contexts, "flush", "flush and compare"),
@@ -90,7 +91,11 @@ class Timing:
             (host, "protect", MAP),
             (host, "reserve", MAP),
             (Target, "ask", BUS),
-        ):
+        ]
+        if engine.direct is not None:
+            parts.append((engine.direct, "run", "direct: the node"))
+            parts.append((engine.direct, "_wait", "direct: user code"))
+        for owner, name, activity in parts:
             self._put(owner, name, self.clock.wrapped(activity, getattr(owner, name)))
 
     def stop(self) -> None:
@@ -119,6 +124,14 @@ class Timing:
 
     def _simulated(self) -> str:
         eip = self._engine.record.d[at.EIP // 4]
-        line = self._engine.contexts.table.lines.get(eip >> 12)
+        line = self._table().lines.get(eip >> 12)
         known = line.simulated.get(eip & 0xFFF) if line is not None else None
         return f"simulate: {known[1].row.mnemonic}" if known is not None else "simulate: first time"
+
+    def _table(self) -> Table:
+        """The dispatch table in use; contexts hear of a change of privilege later."""
+        contexts, ha = self._engine.contexts, self._engine.record.q[at.TABLE // 8]
+        if contexts.table.ha == ha:
+            return contexts.table
+        tables = (*contexts.kernel_tables.values(), *contexts.user_tables.values())
+        return next((table for table in tables if table.ha == ha), contexts.table)

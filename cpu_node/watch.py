@@ -44,11 +44,16 @@ class Watch:
                 self._tables[table] = bytearray(ram[table : table + 4096])
             else:
                 first, last = entry_pa - table, entry_pa - table + 4 * count
-                now = ram[table + first : table + last]
+                now = ram[entry_pa : table + last]
                 if copy[first:last] != now:
-                    self._note_replaced(table, first >> 2, copy[first:last], now)
+                    if count > 1 or copy[first] & P:  # one that wasn't there is what a page fault leaves
+                        self._note_replaced(table, first >> 2, copy[first:last], now)
                     copy[first:last] = now
-            self._covers.setdefault(table, set()).add(va_big)
+            covers = self._covers.get(table)
+            if covers is None:
+                self._covers[table] = {va_big}
+            elif va_big not in covers:
+                covers.add(va_big)
 
     def _note_replaced(self, table: int, index: int, before: bytearray, now: bytes) -> None:
         pairs = zip(memoryview(before).cast("I"), memoryview(now).cast("I"), strict=True)

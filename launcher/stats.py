@@ -117,10 +117,21 @@ def _cpu_lines(c: dict[str, Any]) -> list[str]:
         "  exits       " + ", ".join(f"{name} {count}" for name, count in exits),
         f"  translated  {c['instructions_translated']} instructions, {code_mib:.1f} MiB of host code; "
         f"all dropped {c['cache_flushes']} times",
+        *_direct(c.get("direct")),
         f"  windows     {c['pages_filled']} fills, {c['spaces']} address spaces",
         f"  bus         {c['synchronous']} accesses waited for, "
         f"{c['posted']} posted writes in {c['batches']} batches",
     ]
+
+
+def _direct(c: dict[str, Any] | None) -> list[str]:
+    """Direct execution of user code, where the machine has it."""
+    if c is None:
+        return []
+    exits = sorted(c["exits"].items(), key=lambda item: -item[1])
+    direct_s, translated_s = c["user_direct_ms"] / 1000, c["user_translated_ms"] / 1000
+    return [f"  direct      {direct_s:.2f} s of user code, {translated_s:.2f} s translated; {c['backend']}, "
+            f"{c['children']} children; " + ", ".join(f"{name} {count}" for name, count in exits)]
 
 
 def _own(counters: dict[str, Any]) -> str:

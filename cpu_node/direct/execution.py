@@ -311,9 +311,13 @@ class Direct:
     def _simulate(self) -> None:
         """The instruction at EIP in the simulator. Raises GuestFault."""
         self.exits["simulated"] += 1
-        self.engine.simulator.step()
-        if self.engine.cpu.pending_debug:
-            self.engine._debug_trap()
+        engine = self.engine
+        if engine._checks_alignment():  # POPF has set AC in the child: this may be its #AC
+            engine._step_checking_alignment()
+        else:
+            engine.simulator.step()
+        if engine.cpu.pending_debug:
+            engine._debug_trap()
 
     def _event(self, event: Exit) -> None:
         cpu = self.engine.cpu

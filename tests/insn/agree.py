@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
-from tests.insn.executors import EXECUTORS, NATIVE
+from tests.insn.executors import EXECUTORS, NATIVE, available
 from tests.insn.forms import count_forms
 from tests.insn.generate import VARIATIONS, Generator
 from tests.insn.judge import Verdict, judge, no_verdict
@@ -51,10 +51,12 @@ def _judge(report: Report, seed: int, made: _Round, name: str, outcomes: Sequenc
     for i, (case, native, reason, other) in enumerate(
         zip(made.batch.cases, made.native, made.reasons, outcomes, strict=True)
     ):
-        if reason is not None or other is None:
-            assert reason is not None
+        if not EXECUTORS[name].takes(case):
+            continue
+        if reason is not None:
             report.count(name, case.group, reason)
             continue
+        assert other is not None
         verdict, lines = judge(case, native, other)
         report.count(name, case.group, verdict)
         if verdict is Verdict.DIFFERS:
@@ -91,8 +93,10 @@ def run(
                 pending = None
                 if len(total.failures) >= MAX_FAILURES:
                     return total
-            for worker in workers.values():
-                worker.send(batch, made.skip)
+            for name, worker in workers.items():
+                takes = EXECUTORS[name].takes
+                refused = (i for i, case in enumerate(batch.cases) if not takes(case))
+                worker.send(batch, made.skip.union(refused))
             pending = made
         if pending is not None:
             collect(pending)
@@ -101,7 +105,7 @@ def run(
 
 def main() -> int:
     seed, start, count = (int(argument) for argument in sys.argv[1:4])
-    names = sys.argv[4:] or list(EXECUTORS)
+    names = sys.argv[4:] or available()
     first = start // VARIATIONS
     report = run(seed, range(first, first + -(-count // VARIATIONS)), names)
     print(report.table())

@@ -3,7 +3,8 @@
 `python -m tests.insn.conform [--cases N] [--seed S] [--jobs J] [--minutes M] [--executor NAME] [--out FILE]`
 
 The cases are dealt out to one process per core in turns of some hundred; a seed always gives the same cases.
-The first differences are shrunk; each comes with the command that runs it again.  Status 1 if there are any.
+The first differences are shrunk; each comes with the command that runs it again.  Status 1 if there are any;
+the table is written all the same, with their number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.insn.agree import FAMILIES, MAX_FAILURES, run
-from tests.insn.executors import EXECUTORS
+from tests.insn.executors import EXECUTORS, available
 from tests.insn.generate import VARIATIONS
 from tests.insn.report import Failure, Report
 from tests.insn.repro import shrink_failure
@@ -117,7 +118,7 @@ def main() -> int:
     parser.add_argument("--executor", action="append", choices=tuple(EXECUTORS), help="default: all")
     parser.add_argument("--out", type=Path, help="write the table as Markdown")
     arguments = parser.parse_args()
-    names = tuple(arguments.executor or EXECUTORS)
+    names = tuple(arguments.executor or available())
     plan = Plan(arguments.seed, arguments.cases, arguments.jobs, names, arguments.minutes)
     start = time.monotonic()
     report = run_all(plan, say=True)
@@ -125,14 +126,13 @@ def main() -> int:
     print(report.table())
     if report.failures:
         print(explain(report.failures))
-        return 1
     if arguments.out is not None:
         cases = report.row(names[0], None)[0]
         made = Run(plan.seed, cases, plan.jobs, seconds, names)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(page(made, report), encoding="utf-8")
         print(f"written: {arguments.out}")
-    return 0
+    return 1 if report.failures else 0
 
 
 if __name__ == "__main__":

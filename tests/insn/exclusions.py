@@ -54,4 +54,5 @@ class Reason(StrEnum):
     OPERAND_ORDER = "which of two faults of an operand comes first is up to the processor"
     IN_DATA = "it jumps into data, which may be anything"
     WRAPS = "an operand runs past 4 GiB: a fault or not is up to the processor"
+    NOT_DIRECT = "the direct executor leaves it to the translator"
     OWN_STRING = "a string instruction overwrites itself"

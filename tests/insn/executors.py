@@ -1,7 +1,6 @@
 """The ways to execute a case that are compared with the host CPU: one line each, and nothing else knows them.
 
-A new one is a Runner of its own and a line here, and its table appears in docs/conformance.md: so will the
-direct executor (user code in a traced child), whose Runner takes the cases of CPL 3.
+A new one is a Runner of its own and a line here, and its table appears in docs/conformance.md.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from tests.insn.state import Case, CpuState
+from tests.insn.segments import FLAT
+from tests.insn.state import AC, Case, CpuState
 
 NATIVE = "native"
 TRANSLATED, RESTARTED, NOT_FLAT, SIMULATED = "translated", "restarted", "not flat", "simulated"
+DIRECT = "direct"
+SEEN_DIRECTLY = frozenset(("lar", "lsl", "verr", "verw", "into"))
 SEGMENT_BASE = 0x12345000
 
 
@@ -25,6 +27,8 @@ class Executor(NamedTuple):
 
     what: str
     make: Callable[[], Runner]
+    takes: Callable[[Case], bool] = lambda case: True
+    works_here: Callable[[], bool] = lambda: True
 
 
 def _native() -> Runner:
@@ -33,10 +37,28 @@ def _native() -> Runner:
     return NativeRunner()
 
 
-def _guest(simulate: bool = False, base: int = 0, on_demand: bool = False) -> Runner:
+def _guest(simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False) -> Runner:
     from tests.insn.guest import GuestRunner
 
-    return GuestRunner(simulate, base, on_demand)
+    return GuestRunner(simulate, base, on_demand, direct)
+
+
+def _runs_directly(case: Case) -> bool:
+    """docs/direct-execution.md says what is translated all the same, and what code can see."""
+    sees = any(row.split()[1] in SEEN_DIRECTLY for row in case.rows)
+    return case.cpl == 3 and case.selectors == FLAT and not case.eflags & AC and not sees
+
+
+def _children_work() -> bool:
+    from cpu_node.direct.choose import MAKERS, examine
+    from cpu_node.direct.exits import DirectUnavailable
+
+    try:
+        for make in MAKERS.values():
+            examine(make)
+    except DirectUnavailable:
+        return False
+    return True
 
 
 ORACLE = Executor("the host CPU", _native)
@@ -52,7 +74,17 @@ EXECUTORS: dict[str, Executor] = {
         lambda: _guest(base=SEGMENT_BASE),
     ),
     SIMULATED: Executor("the simulator alone", lambda: _guest(simulate=True)),
-}
+    DIRECT: Executor(
+        "user code in a traced child: cases of CPL 3 with flat segments, without alignment checks and "
+        f"{', '.join(sorted(name.upper() for name in SEEN_DIRECTLY))}",
+        lambda: _guest(direct=True), _runs_directly, _children_work,
+    ),
+}  # fmt: skip
+
+
+def available() -> tuple[str, ...]:
+    """The executors that work on this host."""
+    return tuple(name for name, executor in EXECUTORS.items() if executor.works_here())
 
 
 def make_runner(name: str) -> Runner:

@@ -4,11 +4,12 @@ The case's pages are guest physical pages behind real page tables.  At CPL 3 eve
 IDT and the TSS to a ring-0 handler that is just HLT, and the outcome is read from the frame that was pushed;
 at CPL 0, where a frame would go to the case's own stack, the fault is taken when it is raised.
 
-Three ways to run the same case differently, none of which may change its outcome:
+Four ways to run the same case differently, none of which may change its outcome:
 `simulate`: the simulator runs every instruction, the translator none.
 `base`: all segments start there (those of the LDT so much higher), and all pages lie so much higher.
 `on_demand`: no page is present until it is touched, and none writable until it is written; the page fault
 is then served here and the instruction restarted.
+`direct`: user code runs untouched in a traced child.
 
 Every fourth family of cases starts with its code pages as "mixed" (self-verifying translations), every eighth
 with accessed and dirty bits clear.
@@ -29,6 +30,8 @@ from cpu_node import stubs_unsafe
 from cpu_node.cpu import CR0_AM, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PSE
 from cpu_node.cpuid import CpuModel
 from cpu_node.descriptor import INTERRUPT_GATE32, null, pack, pack_gate, parse
+from cpu_node.direct.choose import start
+from cpu_node.direct.window import ChildWindow
 from cpu_node.engine import Engine
 from cpu_node.errors import GuestFault
 from cpu_node.paging import ERR_WRITE, RW, US, A, D, P
@@ -40,6 +43,7 @@ from tests.insn.state import (
     HLT,
     PAGE_FAULT,
     PAGE_SIZE,
+    TRANSLATED_INSTEAD,
     VECTORS_WITH_ERROR,
     Case,
     CpuState,
@@ -104,6 +108,7 @@ class CaseEngine(Engine):
 class Frame:
     """A guest page of the cases: where it is in RAM, where its page-table entry is, what it holds."""
 
+    va: int
     pa: int
     entry_pa: int
     held: bytes | None = None
@@ -112,7 +117,9 @@ class Frame:
 class GuestRunner:
     """`run(case) -> CpuState` in the engine.  One per process, for good (it installs signal handlers)."""
 
-    def __init__(self, simulate: bool = False, base: int = 0, on_demand: bool = False) -> None:
+    def __init__(
+        self, simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False
+    ) -> None:
         stubs_unsafe.install()
         fd = os.memfd_create("case-ram")
         os.ftruncate(fd, RAM_SIZE)
@@ -135,6 +142,9 @@ class GuestRunner:
             self._segments[ldt_selector(number)] = parse(ldt_selector(number), raw)
         self._segments[0] = null(0)
         self._set_up_system()
+        if direct:
+            self._engine.direct = start(self._engine, fd, "direct", "auto")
+            assert self._engine.direct is not None, "no trap back end works here"
 
     def _dword(self, pa: int, value: int) -> None:
         struct.pack_into("<I", self._ram, pa, value)
@@ -148,7 +158,7 @@ class GuestRunner:
                 table = self._take_page()
                 self._dword(directory_entry, table | P | RW | US)
             entry_pa = (table & -PAGE_SIZE) + (va >> 12 & 0x3FF) * 4
-            frame = self._frames[va] = Frame(self._take_page(), entry_pa)
+            frame = self._frames[va] = Frame(va, self._take_page(), entry_pa)
         return frame
 
     def _take_page(self) -> int:
@@ -193,8 +203,20 @@ class GuestRunner:
         if self._on_demand:
             wanted = {page.va + self._base & MASK: page.writable for page in case.pages}
             engine.serve = lambda fault: self._serve(fault, wanted)
+        direct = engine.direct
+        before = 0 if direct is None else direct.translated_ns
         engine.run()
         engine.serve = None
+        if direct is not None:
+            assert direct.broken is None, direct.broken
+            if direct._id_flag:  # no child can be given EFLAGS.ID, nor have it taken away: another one
+                child = engine.contexts.space.direct
+                assert isinstance(child, ChildWindow)
+                child.replace()
+                direct._id_flag = 0
+            if direct.translated_ns != before:
+                self._outcome(case)  # notes what has changed
+                return CpuState(Stop(TRANSLATED_INSTEAD))
         assert not (engine.simulate and engine.exits), "translated code ran in the simulator's run"
         return self._outcome(case)
 
@@ -229,6 +251,8 @@ class GuestRunner:
 
     def _fill(self, frame: Frame, data: bytes, mixed: bool) -> None:
         contexts, number = self._engine.contexts, frame.pa >> 12
+        if self._engine.direct is not None:
+            self._hide(frame)
         self._ram[frame.pa : frame.pa + PAGE_SIZE] = frame.held = data
         contexts.code_written(number)
         contexts.writes.pop(number, None)
@@ -236,6 +260,14 @@ class GuestRunner:
             contexts.code.mixed.add(number)
         else:
             contexts.code.mixed.discard(number)
+
+    def _hide(self, frame: Frame) -> None:
+        """Memory changes behind the engine's back: no child may go on executing the page unseen."""
+        (entry,) = struct.unpack_from("<I", self._ram, frame.entry_pa)
+        if entry & P and frame.held is not None:
+            self._dword(frame.entry_pa, 0)
+            self._engine.invlpg(frame.va)
+            self._dword(frame.entry_pa, entry)
 
     def _serve(self, fault: GuestFault, wanted: dict[int, bool]) -> bool:
         """What a kernel does on a page fault; False where the case has no such page or right."""

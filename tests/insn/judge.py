@@ -12,7 +12,7 @@ from cpu_node.decode import TooLong, Truncated, Undefined, decode
 from tests.insn.draft import HLTS_BEHIND, READ_ONLY_PAGES, RW_PAGES, TOP
 from tests.insn.exclusions import Reason
 from tests.insn.segments import FLAT
-from tests.insn.state import PAGE_FAULT, PAGE_SIZE, Blind, Case, CpuState, differences
+from tests.insn.state import PAGE_FAULT, PAGE_SIZE, TRANSLATED_INSTEAD, Blind, Case, CpuState, differences
 
 ALIGNMENT_CHECK, GENERAL_PROTECTION = 17, 13
 DATA_PAGES = frozenset((*RW_PAGES, *READ_ONLY_PAGES))
@@ -47,6 +47,8 @@ def judge(case: Case, native: CpuState, other: CpuState) -> tuple[Verdict | Reas
 
 def excluded(case: Case, native: CpuState, other: CpuState) -> Reason | None:
     """Why a difference doesn't count."""
+    if other.stop.kind == TRANSLATED_INSTEAD:
+        return Reason.NOT_DIRECT
     if native.stop.vector == ALIGNMENT_CHECK and any("0F" in row for row in case.rows):
         return Reason.ALIGNED_16
     both_fault = native.stop.kind == other.stop.kind == "fault"

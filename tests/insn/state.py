@@ -49,6 +49,7 @@ FX_ST_COUNT = FX_XMM_COUNT = 8
 X87_DEFAULT_CONTROL, MXCSR_DEFAULT = 0x37F, 0x1F80
 
 HLT = 0xF4
+TRANSLATED_INSTEAD = "translated"  # a Stop's kind
 
 
 class Page(NamedTuple):
@@ -158,7 +159,8 @@ def _by_page(va: int, data: bytes) -> Iterator[tuple[int, bytes]]:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Why a run ended: "hlt", "fault", "syscall", "hung", "crashed" (its process died), or a Python error.
+    """Why a run ended: "hlt", "fault", "syscall", "hung", "crashed" (its process died), "translated" (an
+    executor left it to the translator), or a Python error.
 
     error is 0 for vectors without an error code, va 0 but for #PF.
     """

@@ -13,7 +13,7 @@ import pytest
 
 from tests.insn.conform import DEFAULT_SEED, Plan, explain, run_all
 from tests.insn.exclusions import EXCLUDED, TESTED_ROWS
-from tests.insn.executors import EXECUTORS
+from tests.insn.executors import DIRECT, EXECUTORS, available
 from tests.insn.forms import summary
 from tests.insn.generate import VARIATIONS, Generator
 from tests.insn.groups import GROUPS, group_of
@@ -29,16 +29,19 @@ LEAST_FORMS = 0.6  # of each line of the table of forms; millions of cases come 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run_all(Plan(SEED, CASES, JOBS, tuple(EXECUTORS)))
+    return run_all(Plan(SEED, CASES, JOBS, available()))
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_an_executor_does_what_the_host_does(report: Report, executor: str) -> None:
+    if executor not in available():
+        pytest.skip("this host does not allow it")
     failures = [failure for failure in report.failures if failure.executor == executor]
     assert not failures, explain(failures)
     assert not report.failures, "another executor's differences ended the run"
     tried, agreed, masked, excluded, differ = report.row(executor, None)
-    assert tried == -(-CASES // VARIATIONS) * VARIATIONS
+    cases = -(-CASES // VARIATIONS) * VARIATIONS
+    assert cases // 3 < tried < cases if executor == DIRECT else tried == cases
     assert tried == agreed + masked + excluded
     assert differ == 0
     assert agreed + masked >= LEAST_AGREED * tried

@@ -57,7 +57,7 @@ class Assists:
         self._gate_tables: tuple[object, ...] = ()  # what the known gate depends on
         self._kernel: tuple[Segment, Segment] | None = None  # CS and SS as last seen at CPL 0
         self._user: tuple[Segment, Segment] | None = None
-        self.modes = {0: 0, 3: modes.USER}  # the current mode at both privilege levels
+        self.modes: dict[int, int] = {}  # the current mode at both privilege levels, once known
         self._landings: dict[int, tuple[Segment, Segment, int]] = {}  # kind -> CS, SS, CPL
         addresses = assist_addresses()
         for name in ASSIST_NAMES:
@@ -68,7 +68,7 @@ class Assists:
     def refresh(self, mode: int) -> None:
         """The context or the mode changed; translated code of `mode` is about to be entered."""
         cpu, q, d = self.cpu, self.record.q, self.record.d
-        d[at.CR0 // 4], d[at.CR3 // 4], d[at.CR4 // 4] = cpu.cr0, cpu.cr3, cpu.cr4
+        d[at.CR0 // 4], d[at.CR4 // 4] = cpu.cr0, cpu.cr4
         if (cpu.gdt_base, cpu.gdt_limit) != self._gdt:
             self._gdt = (cpu.gdt_base, cpu.gdt_limit)
             self.forget_selectors()
@@ -76,26 +76,45 @@ class Assists:
         if tables != self._gate_tables:
             self._gate_tables = tables
             d[at.GATE_VECTOR // 4] = NO_VECTOR
-        contexts, user = self.contexts, mode & modes.USER
-        q[at.KERNEL_WINDOW // 8] = contexts.space.kernel.ha
-        q[at.TOUCHED_BY_SPACE // 8] = contexts.space.touched.ha
-        q[at.TOUCHED_BY_KERNEL // 8] = contexts.kernel_touched.ha
+        q[at.TOUCHED_BY_KERNEL // 8] = self.contexts.kernel_touched.ha
         if mode & modes.INTERPRETED:
+            self.modes = {}
+            q[at.KERNEL_WINDOW // 8] = self.contexts.space.kernel.ha
+            q[at.TOUCHED_BY_SPACE // 8] = self.contexts.space.touched.ha
             q[at.KERNEL_TABLE // 8] = q[at.USER_TABLE // 8] = q[at.SYSENTER_READY // 8] = 0
             d[at.RETURN_READY // 4] = 0
             return
         pair = (cpu.seg[CS], cpu.seg[SS])
-        if user:
+        if mode & modes.USER:
             self._user = pair
         else:
             self._kernel = pair
         self.modes = {0: modes.of(cpu, 0), 3: modes.of(cpu, 3)}
+        self._enter_space()
+        self._refresh_sysenter()
+        self._refresh_return()
+
+    def _enter_space(self) -> None:
+        """Windows and tables of the current space, in the current mode at both levels."""
+        contexts, q = self.contexts, self.record.q
+        space = contexts.space
+        self.record.d[at.CR3 // 4] = self.cpu.cr3
+        q[at.KERNEL_WINDOW // 8] = space.kernel.ha
+        q[at.TOUCHED_BY_SPACE // 8] = space.touched.ha
         q[at.KERNEL_TABLE // 8] = contexts.table_of(self.modes[0]).ha
         table = contexts.user_table_if_any(self.modes[3])
         q[at.USER_TABLE // 8] = table.ha if table else 0
-        q[at.USER_WINDOW // 8] = contexts.space.user.ha if table else 0
-        self._refresh_sysenter()
-        self._refresh_return()
+        q[at.USER_WINDOW // 8] = space.user.ha if table else 0
+
+    def same_but_for(self, cpl: int, space: bool) -> bool:
+        """Only the level changed, to `cpl`, and perhaps the space; False where `refresh` must do it."""
+        pair = self._user if cpl == 3 else self._kernel
+        seg = self.cpu.seg
+        if pair is None or not (_alike(pair[0], seg[CS]) and _alike(pair[1], seg[SS])):
+            return False
+        if space or not self.record.q[at.USER_TABLE // 8]:
+            self._enter_space()
+        return True
 
     def _refresh_sysenter(self) -> None:
         cpu, d = self.cpu, self.record.d
@@ -209,6 +228,11 @@ class Assists:
             return None
         seg[CS], seg[SS], self.cpu.cpl = self._landings[changed[CS]]
         return self.cpu.cpl
+
+
+def _alike(a: Segment, b: Segment) -> bool:
+    """Of two flat segments: is one as good as the other?"""
+    return a.selector == b.selector and a.rights == b.rights
 
 
 def _is_outer(segment: Segment) -> bool:

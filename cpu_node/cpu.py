@@ -106,7 +106,10 @@ class Hooks(Protocol):
         """Forget the translation of the page at `va`, global or not."""
 
     def mode_changed(self) -> None:
-        """CPL, Segment.mode of any register, CR0, CR4, EFLAGS.VM or Cpu.tsc_adjust changed."""
+        """Segment.mode of any register, CR0, CR4, EFLAGS.VM, Cpu.tsc_adjust or a system table changed."""
+
+    def privilege_changed(self) -> None:
+        """CPL changed, and nothing else that mode_changed tells."""
 
     def segments_changed(self, index: int) -> None:
         """seg[index] is another Segment now; called before mode_changed, possibly several times per event."""
@@ -213,8 +216,10 @@ class Cpu:
             hooks.segments_changed(CS)
         if old_stack is not stack:
             hooks.segments_changed(SS)
-        if old_cpl != cpl or old_code.mode != code.mode or old_stack.mode != stack.mode:
+        if old_code.mode != code.mode or old_stack.mode != stack.mode:
             hooks.mode_changed()
+        elif old_cpl != cpl:
+            hooks.privilege_changed()
 
     def dump(self) -> dict[str, Any]:
         """The state as plain data, for reports."""

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from cpu_node.platform import Platform
     from cpu_node.table import Row
 
+_MODE, _LEVEL, _SPACE = 1, 2, 4  # changed: anything; the privilege level; the address space
 _SPECIAL_FLAGS = TF | RF | AC
 _PAGE_FAULT = 14
 _SPLIT_LOCK = 17  # #AC of the host: LOCK across cache lines, where its kernel forbids that
@@ -82,7 +83,7 @@ class Engine:
         self.stopping = False
         self.mode = modes.STEP
         self.exits: Counter[int] = Counter()
-        self._mode_dirty = True
+        self._dirty = _MODE  # what `_set_mode` has to do
         self._after_ss = False  # the instruction before this one loaded SS
         self._shadow_over = False  # the instruction before this one had interrupts held off
         self._alarm: int | None = None
@@ -120,7 +121,7 @@ class Engine:
         if self.walker.configure(self.cpu.cr0, self.cpu.cr3, self.cpu.cr4):
             self.contexts.configuration_changed()
         self.contexts.flush()
-        self._mode_dirty = True
+        self._dirty |= _SPACE
 
     def invlpg(self, va: int) -> None:
         self.memory.forget()
@@ -130,7 +131,10 @@ class Engine:
         self.record.d[at.KICK // 4] = 1
 
     def mode_changed(self) -> None:
-        self._mode_dirty = True
+        self._dirty = _MODE
+
+    def privilege_changed(self) -> None:
+        self._dirty |= _LEVEL
 
     def segments_changed(self, index: int) -> None:
         segment = self.cpu.seg[index]
@@ -199,7 +203,7 @@ class Engine:
                     self._events()
                     if cpu.halted or self.stopping:
                         continue
-                if self._mode_dirty:
+                if self._dirty:
                     self._set_mode()
                 if (self.mode & modes.INTERPRETED or cpu.inhibit_interrupts
                         or (d[system_flags] & _SPECIAL_FLAGS and self._needs_steps())):
@@ -360,14 +364,16 @@ class Engine:
     # ---- mode and context
 
     def _set_mode(self) -> None:
-        """Recompute the code mode and enter its window and dispatch table."""
-        self._mode_dirty = False
-        cpu = self.cpu
-        mode = self.mode = modes.of(cpu, cpu.cpl)
-        window, table = self.contexts.enter(mode, cpu.cpl == 3)
+        """Find the code mode and enter its window and dispatch table, with no more work than must be."""
+        dirty, self._dirty = self._dirty, 0
+        cpl = self.cpu.cpl
+        known = None if dirty & _MODE or self.direct is not None else self.assists.modes.get(cpl)
+        mode = self.mode = modes.of(self.cpu, cpl) if known is None else known
+        window, table = self.contexts.enter(mode, cpl == 3)
         self.record.q[at.WINDOW // 8] = window
         self.record.q[at.TABLE // 8] = table
-        self.assists.refresh(mode)
+        if known is None or not self.assists.same_but_for(cpl, bool(dirty & _SPACE)):
+            self.assists.refresh(mode)
         if self.direct is not None and self.direct.wanted():
             self.record.q[at.USER_TABLE // 8] = 0  # assists leave where they would go to CPL 3
 

@@ -114,6 +114,9 @@ class RecordingHooks:
     def mode_changed(self) -> None:
         self.calls.append(("mode_changed",))
 
+    def privilege_changed(self) -> None:
+        self.calls.append(("privilege_changed",))
+
     def segments_changed(self, index: int) -> None:
         self.calls.append(("segments_changed", index))
 

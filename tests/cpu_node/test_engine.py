@@ -382,7 +382,7 @@ def test_reset_in_the_middle_of_a_run() -> None:
             engine.start(_start(CODE + 0x2000))
 
     board.on_poll = poll
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
     board.run("here: jmp here")
     assert board.regs[6] == 5
     assert board.cpu.cpl == 0

@@ -319,7 +319,7 @@ def test_sysenter_and_sysexit(m):
     assert (cpu.eip, cpu.regs[ESP], cpu.cpl, cpu.eflags) == (TARGET, TOP3, 3, FIXED)
     assert (cpu.seg[CS].selector, cpu.seg[SS].selector) == (0x1B, 0x23)
     assert cpu.seg[SS].dpl == 3
-    assert m.hooks.calls.count(("mode_changed",)) == 2
+    assert m.hooks.calls.count(("privilege_changed",)) == 2
 
 
 def test_sysenter_from_virtual_8086_mode(m):

@@ -92,7 +92,7 @@ def test_from_user_mode(m, error):
     assert m.stack32(len(expected)) == expected
     assert (m.cpu.cpl, m.cpu.seg[CS].selector, m.cpu.seg[SS].selector) == (0, CODE0, DATA0)
     assert m.cpu.eflags == FIXED | AC
-    assert ("mode_changed",) in m.hooks.calls
+    assert ("privilege_changed",) in m.hooks.calls
     assert m.cpu.seg[DS].selector == DATA3  # data segments stay
 
 

@@ -57,7 +57,7 @@ def test_to_user_mode(m):
     assert (m.cpu.eip, m.cpu.regs[ESP], m.cpu.eflags, m.cpu.cpl) == (TARGET, TOP3, FIXED | IF, 3)
     assert (m.cpu.seg[CS].selector, m.cpu.seg[SS].selector) == (CODE3, DATA3)
     assert [m.cpu.seg[i].selector for i in (ES, DS, FS, GS)] == [0, 0, DATA3, 0]
-    assert m.hooks.calls[-1] == ("mode_changed",)
+    assert m.hooks.calls[-1] == ("privilege_changed",)
 
 
 def test_a_frame_that_crosses_a_page(m):

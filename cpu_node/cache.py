@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.emit import Templates
+from cpu_node.fast_unsafe import FastTranslator
 from cpu_node.kept import MAX_CODE, Key, key_of, pack, take_over
 from cpu_node.line import Chunk, Line
 from cpu_node.store import Store
@@ -39,6 +40,7 @@ class CodeCache:
         self.taken_over = 0  # instructions that were found in the store
         self.flushes = 0
         self.store: Store | None = None
+        self._fast = FastTranslator()
         self._starts: list[int] = []
         self._chunks: list[Chunk] = []
 
@@ -52,12 +54,15 @@ class CodeCache:
         if templates is None:
             templates = self.templates[line.mode] = Templates(line.mode)
         position = self.position
-        made = translate(line, offset, templates, position)
-        end = position + len(made.code)
-        self.code[position:end] = made.code
+        if self._fast.takes(line):
+            made = self._fast.translate(line, offset, templates, position, self.code)
+        else:
+            line.known = None
+            made = translate(line, offset, templates, position)
+            self.code[position : made.chunk.end] = made.code
         for behind, target in made.patches:
             self.patch(behind, target)
-        self.position = end
+        self.position = made.chunk.end
         if made.chunk.hosts:
             self._starts.append(position)
             self._chunks.append(made.chunk)

@@ -44,6 +44,7 @@ class Line:
     stored: int = 0  # how many of its chunks the store has
     devices: set[int] = field(default_factory=set)  # offsets whose operands are devices: simulated at once
     simulated: dict[int, Simulated] = field(default_factory=dict)  # by offset
+    known: bytes | None = None  # bit n: offset n is in host; None: not counted (fast_unsafe.py)
     alone: dict[int, int] = field(default_factory=dict)  # offset -> len(host) when nothing overlapped it
 
     def unfold(self) -> None:
@@ -51,6 +52,7 @@ class Line:
         chunk, self.kept = self.kept, None
         if chunk is None:
             return
+        self.known = None
         start = chunk.start
         self.host.update(zip(chunk.offsets, [start + host for host in chunk.hosts], strict=True))
         jumps = iter(chunk.jumps)

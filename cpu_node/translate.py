@@ -10,6 +10,7 @@ Left out: anything across pages (a jump there goes through the dispatch table), 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpu_node.decode import MAX_LENGTH
@@ -110,8 +111,41 @@ def renew(line: Line, offset: int, text: bytes, templates: Templates) -> bytes |
     return check_source(line, offset, n) + body + (post if kind == PLAIN_POST else b"")
 
 
+def connect(
+    line: Line, position: int, end: int, fixups: list[tuple[int, int]], offsets: Sequence[int]
+) -> tuple[list[tuple[int, bytes]], bytes, array[int], list[tuple[int, int]]]:
+    """Where the jumps of a new chunk go. It lies from `position` to `end`, its offsets are in line.host.
+
+    fixups: (end of a rel32, target offset). Returns (end, rel32) of each, stubs to be put behind the chunk
+    for targets that aren't translated, Chunk.jumps, and the patches to make elsewhere.
+    """
+    host, chain, va0 = line.host, line.chain, line.va
+    places, jumps, stubs = [], array("I"), b""
+    stub_of: dict[int, int] = {}
+    for behind, target in fixups:
+        inside = 0 <= target < chain
+        place = host.get(target) if inside else None
+        if inside and (place is None or place < position):
+            jumps.append(behind - position)
+            jumps.append(target)
+        if place is None:
+            place = stub_of.get(target)
+            if place is None:
+                place = stub_of[target] = end + len(stubs)
+                stubs += MOV_R8 + (va0 + target & 0xFFFFFFFF).to_bytes(4, "little") + (
+                    EXIT_CHAIN if inside else JUMP_R8)
+            if inside:
+                line.waiting.setdefault(target, []).append(behind)
+        places.append((behind, (place - behind).to_bytes(4, "little", signed=True)))
+    patches = []
+    if line.waiting:
+        for offset in [o for o in offsets if o in line.waiting]:
+            patches += [(behind, host[offset]) for behind in line.waiting.pop(offset)]
+    return places, stubs, jumps, patches
+
+
 def translate(line: Line, start: int, templates: Templates, position: int,
-              limit: int = MAX_INSTRUCTIONS) -> Translation:
+              limit: int = MAX_INSTRUCTIONS, ahead: bool = False) -> Translation:
     """Translates from line.code[start:] on, for host code at `position` in the cache.
 
     Enters the new instructions into line.host, and jumps to offsets not translated yet into line.waiting.
@@ -128,135 +162,123 @@ def translate(line: Line, start: int, templates: Templates, position: int,
     offsets: list[int] = []
     returns: list[int] = []
     i, at, left = start, position, limit
-    while True:
-        if left == 0 or i >= starts or i in host:
-            put(b"\xe9")
-            at += 5
-            fixups.append((len(out), at, i))
-            put(b"")
-            break
-        leaf = root[code[i]]
-        if leaf.__class__ is list:
-            leaf = leaf[code[i + 1]]
-            if leaf.__class__ is list:
-                leaf = leaf[code[i + 2]]
-                j = i + 3
-                while leaf.__class__ is list:
-                    leaf = leaf[code[j]]
-                    j += 1
-        if leaf is None:
-            leaf = templates.lookup(code, i)
-        kind, n, skip, pre, post, length = leaf
-        if i + n > size and kind != STOP:
-            # crosses into the next page: a line of its own
-            put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + JUMP_R8)
-            at += 10
-            break
-        if devices and i in devices:
-            kind = SIMULATE
-        left -= 1
-        host[i] = at
-        hosts.append(at - position)
-        offsets.append(i)
-        if verify:
-            check = check_source(line, i, min(n, size - i))
-            put(check)
-            at += len(check)
-        if kind == PLAIN:
-            put(pre)
-            if skip:
-                put(code[i + skip : i + n])
-            i += n
-            at += length
-            continue
-        following = i + n
-        if kind == JCC:
-            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
-            put(pre)
-            at += 6
-            fixups.append((len(out), at, target))
-            put(b"")
-        elif kind == PLAIN_POST:
-            put(pre)
-            put(code[i + skip : following])
-            put(post)
-            at += length
-        elif kind == CALL:
-            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
-            put(STORE_IMM + (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + b"\xe9")
-            at += 19
-            fixups.append((len(out), at, target))
-            put(b"")
-            returns.append(following)
-        elif kind == JMP:
-            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
-            if 0 <= target < chain and target not in host and not verify:
-                i = target
-                continue
-            put(b"\xe9")
-            at += 5
-            fixups.append((len(out), at, target))
-            put(b"")
-            break
-        elif kind == FUNCTION:
-            piece = post(code, i, va0 + i & 0xFFFFFFFF)
-            put(piece)
-            at += len(piece)
-        elif kind == END:
-            if callable(post):
-                piece = pre + post(code, i, va0 + i & 0xFFFFFFFF)
-            else:
-                piece = pre + code[i + skip : following] + (post or b"") if skip else pre
-            put(piece)
-            at += len(piece)
-            break
-        elif kind == ICALL:
-            piece = pre + (code[i + skip : following] if skip else b"")
-            if post is not None:
-                piece = post(code, i, va0 + i & 0xFFFFFFFF)
-            piece += STORE_IMM
-            piece += (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + JUMP_R8
-            put(piece)
-            at += len(piece)
-            returns.append(following)
-        elif kind == LOOP:
-            target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
-            put(pre)
-            at += length
-            fixups.append((len(out), at, target))
-            put(b"")
-        else:
-            assert kind in (SIMULATE, STOP), kind
-            put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + EXIT_SIMULATE)
-            at += 10
-            if kind == STOP:
+    followed = 0
+    while i >= 0:
+        while True:
+            if left == 0 or i >= starts or i in host:
+                put(b"\xe9")
+                at += 5
+                fixups.append((len(out), at, i))
+                put(b"")
                 break
-        i = following
-
-    patches: list[tuple[int, int]] = []
-    stubs: dict[int, int] = {}
-    jumps = array("I")
-    for index, behind, target in fixups:
-        place = host.get(target) if 0 <= target < chain else None
-        if 0 <= target < chain and (place is None or place < position):
-            jumps.append(behind - position)
-            jumps.append(target)
-        if place is None:
-            place = stubs.get(target)
-            if place is None:
-                place = stubs[target] = at
-                inside = 0 <= target < chain
-                put(MOV_R8 + (va0 + target & 0xFFFFFFFF).to_bytes(4, "little")
-                    + (EXIT_CHAIN if inside else JUMP_R8))
+            leaf = root[code[i]]
+            if leaf.__class__ is list:
+                leaf = leaf[code[i + 1]]
+                if leaf.__class__ is list:
+                    leaf = leaf[code[i + 2]]
+                    j = i + 3
+                    while leaf.__class__ is list:
+                        leaf = leaf[code[j]]
+                        j += 1
+            if leaf is None:
+                leaf = templates.lookup(code, i)
+            kind, n, skip, pre, post, length = leaf
+            if i + n > size and kind != STOP:
+                # crosses into the next page: a line of its own
+                put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + JUMP_R8)
                 at += 10
-            if 0 <= target < chain:
-                line.waiting.setdefault(target, []).append(behind)
-        out[index] = (place - behind).to_bytes(4, "little", signed=True)
-    if line.waiting:
-        for offset in offsets:
-            for behind in line.waiting.pop(offset, ()):
-                patches.append((behind, host[offset]))
+                break
+            if devices and i in devices:
+                kind = SIMULATE
+            left -= 1
+            host[i] = at
+            hosts.append(at - position)
+            offsets.append(i)
+            if verify:
+                check = check_source(line, i, min(n, size - i))
+                put(check)
+                at += len(check)
+            if kind == PLAIN:
+                put(pre)
+                if skip:
+                    put(code[i + skip : i + n])
+                i += n
+                at += length
+                continue
+            following = i + n
+            if kind == JCC:
+                target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+                put(pre)
+                at += 6
+                fixups.append((len(out), at, target))
+                put(b"")
+            elif kind == PLAIN_POST:
+                put(pre)
+                put(code[i + skip : following])
+                put(post)
+                at += length
+            elif kind == CALL:
+                target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+                put(STORE_IMM + (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + b"\xe9")
+                at += 19
+                fixups.append((len(out), at, target))
+                put(b"")
+                returns.append(following)
+            elif kind == JMP:
+                target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+                if 0 <= target < chain and target not in host and not verify:
+                    i = target
+                    continue
+                put(b"\xe9")
+                at += 5
+                fixups.append((len(out), at, target))
+                put(b"")
+                break
+            elif kind == FUNCTION:
+                piece = post(code, i, va0 + i & 0xFFFFFFFF)
+                put(piece)
+                at += len(piece)
+            elif kind == END:
+                if callable(post):
+                    piece = pre + post(code, i, va0 + i & 0xFFFFFFFF)
+                else:
+                    piece = pre + code[i + skip : following] + (post or b"") if skip else pre
+                put(piece)
+                at += len(piece)
+                break
+            elif kind == ICALL:
+                piece = pre + (code[i + skip : following] if skip else b"")
+                if post is not None:
+                    piece = post(code, i, va0 + i & 0xFFFFFFFF)
+                piece += STORE_IMM
+                piece += (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + JUMP_R8
+                put(piece)
+                at += len(piece)
+                returns.append(following)
+            elif kind == LOOP:
+                target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
+                put(pre)
+                at += length
+                fixups.append((len(out), at, target))
+                put(b"")
+            else:
+                assert kind in (SIMULATE, STOP), kind
+                put(MOV_R8 + (va0 + i & 0xFFFFFFFF).to_bytes(4, "little") + EXIT_SIMULATE)
+                at += 10
+                if kind == STOP:
+                    break
+            i = following
+        i = -1
+        while ahead and left and followed < len(fixups) and i < 0:
+            target = fixups[followed][2]
+            followed += 1
+            if 0 <= target < chain and target not in host:
+                i = target
+    places, stubs, jumps, patches = connect(line, position, at, [f[1:] for f in fixups], offsets)
+    for (index, _, _), (_, rel32) in zip(fixups, places, strict=True):
+        out[index] = rel32
+    put(stubs)
     data = b"".join(out)
-    assert position + len(data) == at
-    chunk = Chunk(line, position, at, array("I", hosts), array("H", offsets), jumps)
+    assert position + len(data) == at + len(stubs)
+    chunk = Chunk(line, position, at + len(stubs), array("I", hosts), array("H", offsets), jumps)
     return Translation(data, chunk, patches, returns)

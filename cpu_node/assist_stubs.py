@@ -213,6 +213,8 @@ def _iret() -> str:
         {_SAVE_FLAGS}
         cmp dword ptr [r15+{at.RETURN_READY}], 0
         je fail
+        test dword ptr [r15+{at.SYSTEM_FLAGS}], {NT | VM | TF}
+        jnz fail
         mov r13d, dword ptr gs:[esp]
         mov r9d, dword ptr gs:[esp+4]
         mov r11d, dword ptr gs:[esp+8]
@@ -220,8 +222,6 @@ def _iret() -> str:
         and ecx, {at.OTHER_FLAGS & ~RF}
         cmp ecx, dword ptr [r15+{at.SYSTEM_FLAGS}]
         jne fail
-        test ecx, {NT | VM | TF}
-        jnz fail
         test r11d, 0x200
         jz quiet
         cmp dword ptr [r15+{at.PENDING}], 0

@@ -75,8 +75,13 @@ def _read_control(insn: Insn) -> Leaf | None:
 
 
 def _int(insn: Insn) -> Leaf:
-    jump = b"\x41\xb9" + struct.pack("<I", insn.imm & 0xFF) + _jump("int")  # mov r9d, vector
-    return (END, insn.length, 0, b"", lambda page, offset, va: MOV_R8 + struct.pack("<I", va) + jump, 0)
+    jump, last = _jump("int"), insn.length - 1  # a template serves every vector
+
+    def code(page: bytes, offset: int, va: int) -> bytes:
+        vector = b"\x41\xb9" + struct.pack("<I", page[offset + last])  # mov r9d, vector
+        return MOV_R8 + struct.pack("<I", va) + vector + jump
+
+    return (END, insn.length, 0, b"", code, 0)
 
 
 def _iret(insn: Insn) -> Leaf | None:

@@ -32,7 +32,7 @@ from cpu_node.cpu import (
 from cpu_node.describe import describe_instruction
 from cpu_node.descriptor import CS, FS, GS, parse
 from cpu_node.errors import DB, NMI, UD, GuestFault
-from cpu_node.flags import AC, RF, TF
+from cpu_node.flags import AC, OF, RF, TF
 from cpu_node.line import PAGE, Line
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
@@ -196,11 +196,12 @@ class Engine:
         handlers, direct = self._handlers(), self.direct
         if direct is not None:
             enter = direct.timed(enter)
+        reason = at.EXIT_SIMULATE
         d[kick] = 1
         while not self.stopping:
             try:
                 if d[kick] or cpu.halted or (d[pending] and d[interrupt_flag]):
-                    self._events()
+                    self._events(reason)
                     if cpu.halted or self.stopping:
                         continue
                 if self._dirty:
@@ -279,7 +280,7 @@ class Engine:
                 breakpoints.unwatch()
         if flags & RF and cpu.eflags & RF and row.mnemonic != "iret":
             cpu.eflags &= ~RF
-        if flags & TF and row.mnemonic not in _CS_LIKE_INT:
+        if flags & TF and (row.mnemonic not in _CS_LIKE_INT or (row.mnemonic == "into" and not flags & OF)):
             cpu.pending_debug |= DR6_BS
         if armed:
             cpu.pending_debug |= breakpoints.hits
@@ -386,8 +387,11 @@ class Engine:
 
     # ---- interrupts
 
-    def _events(self) -> None:
-        """Take in what arrived; deliver an interrupt if one is due; wait while halted."""
+    def _events(self, reason: int) -> None:
+        """Take in what arrived; deliver an interrupt if one is due; wait while halted.
+
+        `reason`: the last exit. Behind EXIT_SIMULATE there is no translated STI to have a shadow.
+        """
         record, cpu, platform, apic = self.record, self.cpu, self.platform, self.apic
         d = record.d
         d[at.KICK // 4] = 0
@@ -405,7 +409,7 @@ class Engine:
                 self._alarm = deadline
                 platform.set_alarm(deadline)
         waiting = self._waiting()
-        if waiting and d[at.INTERRUPT_FLAG // 4] and self._behind_sti():
+        if waiting and d[at.INTERRUPT_FLAG // 4] and reason != at.EXIT_SIMULATE and self._behind_sti():
             cpu.inhibit_interrupts = True
         self._shadow_over = False
         if waiting and d[at.INTERRUPT_FLAG // 4] and not cpu.inhibit_interrupts:

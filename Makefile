@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint conformance fuzz boots bench bench-boot bench-scaling soak profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling soak profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -19,6 +19,8 @@ help:
 	@echo "make boots       20 boots in a row, with 64 MiB to 1 GiB, with APICs and without"
 	@echo "make lint        ruff and mypy"
 	@echo "make conformance 5 million random instructions against the host CPU (CASES=, SEED=, OUT=)"
+	@echo "make conformance-system  privilege, paging, tasks, debugging, ... against QEMU and Unicorn (SCENARIOS=)"
+	@echo "make programs    Debian's python3, gcc, node and others in the guest (PROGRAMS=perl,gcc)"
 	@echo "make fuzz        coverage-guided fuzzing of decoder and translator for SECONDS=60 (needs atheris)"
 	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
@@ -70,6 +72,14 @@ fuzz: setup
 	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	@timeout --kill-after=5 $$(($(SECONDS) + 120)) $(PY) -m tests.fuzz.run_atheris -max_total_time=$(SECONDS) || \
 	    { echo "fuzz: the last input is in build/fuzz-current; try: $(PY) -m tests.fuzz build/fuzz-current" >&2; exit 1; }
+
+# All that the host's processor can't judge, against QEMU and Unicorn. Another size leaves the committed table alone.
+conformance-system: setup
+	@$(PY) -m tests.system.conformance $(if $(SCENARIOS),-n $(SCENARIOS),--document docs/system-conformance.md)
+
+# Third-party programs from Debian's archive, in the guest, natively and under QEMU.
+programs: guest
+	@$(PY) -m bench.programs --only "$(PROGRAMS)"
 
 boots: guest
 	@BOOTS=20 $(PY) -m pytest -s tests/machine/test_boots.py -k in_a_row

@@ -50,7 +50,6 @@ class Contexts:
         self.count_every = self._until_count = COUNT_EVERY
         self.spaces: OrderedDict[int | None, Space] = OrderedDict()
         self.kernel_tables: dict[int, Table] = {}
-        self.user_tables: dict[tuple[int | None, int], Table] = {}
         self.kernel_watch = Watch(memory)
         self.kernel_touched = Touched(KERNEL_CODE)
         self.writes: Counter[int] = Counter()  # physical page -> writes to it while it held code
@@ -79,9 +78,7 @@ class Contexts:
             self._close_oldest()
 
     def _close_oldest(self) -> None:
-        key, old = self.spaces.popitem(last=False)
-        for table_key in [k for k in self.user_tables if k[0] == key]:
-            self.user_tables.pop(table_key).close()
+        _, old = self.spaces.popitem(last=False)
         old.close()
 
     def _mappings(self) -> int:
@@ -102,16 +99,16 @@ class Contexts:
                 window.clear()
 
     def _table(self, mode: int) -> Table:
-        if mode & modes.USER:
-            key = (self.space.cr3, mode)
-            table = self.user_tables.get(key)
-            if table is None:
-                table = self.user_tables[key] = Table()
-            return table
-        table = self.kernel_tables.get(mode)
+        tables = self.space.tables if mode & modes.USER else self.kernel_tables
+        table = tables.get(mode)
         if table is None:
-            table = self.kernel_tables[mode] = Table()
+            table = tables[mode] = Table()
         return table
+
+    def all_tables(self) -> list[Table]:
+        """Of all modes and spaces."""
+        user = [table for space in self.spaces.values() for table in space.tables.values()]
+        return [*self.kernel_tables.values(), *user]
 
     def enter(self, mode: int, user: bool) -> tuple[int, int]:
         """(window, dispatch table), host addresses, for a mode in the current space."""
@@ -128,7 +125,7 @@ class Contexts:
 
     def user_table_if_any(self, mode: int) -> Table | None:
         """The same for CPL 3, if it was used already."""
-        return self.user_tables.get((self.space.cr3, mode))
+        return self.space.tables.get(mode)
 
     def flush(self) -> None:
         """A TLB flush: CR3, or paging in CR0 or CR4, was written; enter the space it selects."""
@@ -149,9 +146,8 @@ class Contexts:
     def _resync(self, space: Space) -> None:
         pages, bigs = space.resync()
         if pages or bigs:
-            for (key, _), table in self.user_tables.items():
-                if key == space.cr3:
-                    _drop_changed(table, pages, bigs, True)
+            for table in space.tables.values():
+                _drop_changed(table, pages, bigs, True)
 
     def configuration_changed(self) -> None:
         """CR0.WP or CR4.PSE changed: nothing may be kept that was derived from page tables."""
@@ -159,31 +155,32 @@ class Contexts:
             for window in space.windows:
                 window.clear()
             space.watch.clear()
-        for table in (*self.kernel_tables.values(), *self.user_tables.values()):
+        for table in self.all_tables():
             table.clear()
         self.kernel_watch.clear()
 
     def invlpg(self, va: int) -> None:
         """Forget one page wherever it is cached, unless the page tables still say the same."""
-        dropped = self.space.invlpg(va)
-        va_page = va >> 12
-        pa_page, user_may = self._look_up(va)
-        cr3 = self.space.cr3
-        bigs = self._big_moved(self.kernel_watch, va >> 22)
-        for table in self.kernel_tables.values():
-            if bigs:
-                _drop_changed(table, [], bigs, False)
-            elif va_page in table.filled or va_page in table.crossing_into:
-                _drop_unless(table, va_page, pa_page)
-        bigs = self._big_moved(self.space.watch, va >> 22)
-        tables = [table for (key, _), table in self.user_tables.items() if key == cr3]
+        space, va_page = self.space, va >> 12
+        if space.touched.pages[va_page]:
+            dropped = space.invlpg(va)
+            tables = [*space.tables.values()]
+            self._drop_code(tables, space.watch, va, True)
+            self._unmark(space.touched, space.watch, [va_page, *dropped], space.windows, tables)
+        if self.kernel_touched.pages[va_page]:
+            tables = [*self.kernel_tables.values()]
+            self._drop_code(tables, self.kernel_watch, va, False)
+            self._unmark(self.kernel_touched, self.kernel_watch, [va_page], (), tables)
+
+    def _drop_code(self, tables: list[Table], watch: Watch, va: int, user: bool) -> None:
+        """Forget code of the page at `va` in these tables, unless it is still there."""
+        va_page, bigs = va >> 12, self._big_moved(watch, va >> 22)
         for table in tables:
             if bigs:
-                _drop_changed(table, [], bigs, True)
+                _drop_changed(table, [], bigs, user)
             elif va_page in table.filled or va_page in table.crossing_into:
-                _drop_unless(table, va_page, pa_page if user_may else -1)
-        self._unmark(self.space.touched, self.space.watch, [va_page, *dropped], self.space.windows, tables)
-        self._unmark(self.kernel_touched, self.kernel_watch, [va_page], (), [*self.kernel_tables.values()])
+                pa_page, user_may = self._look_up(va)
+                _drop_unless(table, va_page, pa_page if user_may or not user else -1)
 
     @staticmethod
     def _unmark(touched: Touched, watch: Watch, pages: list[int], windows: tuple[Window, ...],
@@ -369,7 +366,7 @@ class Contexts:
         """Drop every translation."""
         self.cache.keep()
         self.cache.flush()
-        for table in (*self.kernel_tables.values(), *self.user_tables.values()):
+        for table in self.all_tables():
             table.clear()
         self.code.lines.clear()
         self.code.mixed.clear()
@@ -382,9 +379,6 @@ class Contexts:
         for space in self.spaces.values():
             space.close()
         self.spaces.clear()
-        for table in self.user_tables.values():
-            table.close()
-        self.user_tables.clear()
         self.kernel_watch.clear()
 
     # ---- data

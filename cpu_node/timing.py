@@ -133,5 +133,4 @@ class Timing:
         contexts, ha = self._engine.contexts, self._engine.record.q[at.TABLE // 8]
         if contexts.table.ha == ha:
             return contexts.table
-        tables = (*contexts.kernel_tables.values(), *contexts.user_tables.values())
-        return next((table for table in tables if table.ha == ha), contexts.table)
+        return next((table for table in contexts.all_tables() if table.ha == ha), contexts.table)

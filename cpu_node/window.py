@@ -13,6 +13,7 @@ Left out: mappings shared between windows; write tracking of page tables (compar
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
@@ -20,6 +21,9 @@ from cpu_node.direct.policy import Pace
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
 from cpu_node.touched import Touched
 from cpu_node.watch import RIGHTS, Watch, claims_more
+
+if TYPE_CHECKING:
+    from cpu_node.dispatch import Table
 
 _AHEAD = 64  # pages mapped along with one that faulted, at most
 _HIDDEN = 256  # pages of a window that are hidden, at most, before they are unmapped
@@ -264,6 +268,7 @@ class Space:
         self.pace = Pace()
         self._ram_fd = ram_fd
         self.touched = Touched(self.kernel.index)
+        self.tables: dict[int, Table] = {}  # dispatch tables of user code, by mode
         self.watch = Watch(memory)
 
     @property
@@ -440,6 +445,8 @@ class Space:
 
     def close(self) -> None:
         """Give everything back."""
+        for table in self.tables.values():
+            table.close()
         self.touched.close()
         for window in self.windows:
             window.close()

@@ -1,6 +1,6 @@
 """`make bench`: Backplane against QEMU's TCG and the bare host, the rows of bench/rows.py, run in turn.
 
-    python -m bench.compare [-n 5] [--rows boot,int,...] [--scale 4] [--json FILE] [--svg FILE]
+    python -m bench.compare [-n 5] [--rows boot,int,...] [--scale 1] [--json FILE] [--svg FILE]
 
 A round boots each machine and runs the same benchmark programs in it; rounds alternate who goes first. The
 table has medians, and ratios formed round by round with their spread; a target counts as met only if every
@@ -163,7 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
     parser.add_argument("-n", type=_count, default=5, help="rounds (default 5)")
     parser.add_argument("--rows", type=_parts, default=list(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--scale", type=_count, default=4, help="divide the programs' work (default 4)")
+    parser.add_argument("--scale", type=_count, default=1, help="divide the programs' work (default 1)")
     parser.add_argument("--json", type=Path, default=boot.SCRATCH / "bench.json", help="for all figures")
     parser.add_argument("--svg", type=Path, default=boot.SCRATCH / "bench.svg", help="for the plot")
     parser.add_argument("--machine", type=Path, default=boot.REPO / "machines" / "linux.toml")
@@ -257,7 +257,8 @@ def _write(options: argparse.Namespace, plan: Plan, results: list[Result], facts
         "rounds_ns": plan.rounds,
         "answers": plan.answers,
     }
-    caption = f"{len(plan.rounds)} rounds, {facts['cpu']}, {facts['qemu']}"
+    caption = (f"{len(plan.rounds)} rounds, work divided by {plan.scale}, other work on {facts['others_cores']} "
+               f"of {facts['cores']} cores; {facts['cpu']}; {str(facts['qemu']).partition('(')[0].strip()}")
     data = json.dumps(whole, indent=1) + "\n"
     for file, text in ((options.json, data), (options.svg, svg(results, caption))):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -257,8 +257,9 @@ def _write(options: argparse.Namespace, plan: Plan, results: list[Result], facts
         "rounds_ns": plan.rounds,
         "answers": plan.answers,
     }
-    caption = (f"{len(plan.rounds)} rounds, work divided by {plan.scale}, other work on {facts['others_cores']} "
-               f"of {facts['cores']} cores; {facts['cpu']}; {str(facts['qemu']).partition('(')[0].strip()}")
+    qemu = str(facts["qemu"]).partition("(")[0].strip()
+    caption = (f"{len(plan.rounds)} rounds, work divided by {plan.scale}; {facts['cpu']}, {qemu}; "
+               f"other work on {facts['others_cores']} of {facts['cores']} cores")
     data = json.dumps(whole, indent=1) + "\n"
     for file, text in ((options.json, data), (options.svg, svg(results, caption))):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from tests.fuzz.machine import BORDER, GUARD, Machine
 from tests.fuzz.target import POSITION, Broken, check, check_decoder, differences
 
 INPUTS = int(os.environ.get("BACKPLANE_FUZZ_INPUTS", "600"))
+SHARDS = 4
 SEED = int(os.environ.get("BACKPLANE_FUZZ_SEED", "1"))
 WRAPPING = (
     "a3 ff ff ff ff", "c7 80 00 00 00 80 01 00 00 00", "fd bf 01 00 00 00 b9 09 00 00 00 f3 aa",
@@ -47,10 +48,11 @@ def test_kept_inputs() -> None:
     assert machine.damage() == []
 
 
+@pytest.mark.parametrize("shard", range(SHARDS))
 @isolated
-def test_random_inputs() -> None:
+def test_random_inputs(shard: int) -> None:
     machine = Machine()
-    for data in itertools.islice(inputs(SEED, read_corpus()), INPUTS):
+    for data in itertools.islice(inputs(SEED + shard, read_corpus()), INPUTS // SHARDS):
         check(data, machine)
     assert machine.damage() == []
 

@@ -263,8 +263,9 @@ class GuestRunner:
 
     def _hide(self, frame: Frame) -> None:
         """Memory changes behind the engine's back: no child may go on executing the page unseen."""
-        (entry,) = struct.unpack_from("<I", self._ram, frame.entry_pa)
-        if entry & P and frame.held is not None:
+        child = self._engine.contexts.space.direct
+        if isinstance(child, ChildWindow) and frame.va >> 12 in child.executable:
+            (entry,) = struct.unpack_from("<I", self._ram, frame.entry_pa)
             self._dword(frame.entry_pa, 0)
             self._engine.invlpg(frame.va)
             self._dword(frame.entry_pa, entry)

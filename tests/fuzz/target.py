@@ -7,7 +7,8 @@ What must hold for any bytes:
 - the translator answers, and its host code reaches nothing but the guest's window (host_code.py);
 - what is no instruction is #UD for the guest, what is too long #GP(0), with EIP at it;
 - the engine comes back, with nothing written outside of the window (machine.py);
-- translated and simulated runs end in the same state.
+- translated and simulated runs end in the same state;
+- the translator's two loops, in Python and in machine code, make the same.
 
 A broken promise is a Broken exception with everything that is needed to see why.
 """
@@ -21,10 +22,12 @@ from cpu_node.errors import GP, SS, UD
 from cpu_node.line import page_line
 from cpu_node.translate import translate
 from tests.cpu_node.board import CODE
+from tests.cpu_node.test_fast import Pair
 from tests.fuzz.case import PAGE, FuzzCase, pages, parse
 from tests.fuzz.host_code import stray
 from tests.fuzz.machine import TABLES, Machine, Outcome, without_marks
 
+PAGE_START = 64
 POSITION = 0x2000  # where in the code cache the translation would lie
 # Which of several accesses of one instruction faults, and what it has done before, is up to the processor.
 SEVERAL_ACCESSES = frozenset(
@@ -46,6 +49,7 @@ def check(data: bytes, machine: Machine | None = None) -> None:
     first = check_decoder(case)
     check_translator(case, data)
     if machine is not None:
+        check_inner_loop(machine, case, data)
         check_execution(machine, case, first, data)
 
 
@@ -79,10 +83,26 @@ def check_translator(case: FuzzCase, data: bytes) -> None:
         return
     page, _ = pages(case)
     line = page_line(CODE >> 12, CODE >> 12, case.mode, page, case.verified)
-    made = translate(line, case.offset, Templates(case.mode), POSITION)
+    made = translate(line, case.offset, Templates(case.mode), POSITION, ahead=True)
     wrong = stray(made, line)
     if wrong:
         raise Broken(f"host code of {data.hex()}: " + "; ".join(wrong))
+
+
+def check_inner_loop(machine: Machine, case: FuzzCase, data: bytes) -> None:
+    """The translator's loops, in machine code and in Python, make the same of a page full of the code."""
+    if case.mode & modes.INTERPRETED or not case.code:
+        return
+    page = (bytes(case.offset % PAGE_START) + case.code * (PAGE // len(case.code) + 1))[:PAGE]
+    cache = machine.board.engine.contexts.cache
+    templates = cache.templates.setdefault(case.mode, Templates(case.mode))
+    pair = Pair(cache._fast, templates, page, case.mode, CODE)
+    try:
+        for offset in (case.offset, case.offset % PAGE_START, PAGE - 1):
+            if offset not in pair.lines[0].host:
+                pair.translate(offset)
+    except AssertionError as exc:
+        raise Broken(f"{data.hex()}: the inner loops differ: {exc}") from exc
 
 
 def check_execution(machine: Machine, case: FuzzCase, first: Insn | type[Exception], data: bytes) -> None:

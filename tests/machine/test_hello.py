@@ -49,3 +49,21 @@ def test_until_and_timeout(runtime: Path) -> None:
         screen.finish(4)
         assert "still running when --timeout had passed" in screen.text()
     assert not list(runtime.glob("*"))
+
+
+def test_translations_are_kept_and_may_be_spoilt(runtime: Path, tmp_path: Path) -> None:
+    """Two starts fill and use the folder; what somebody does to it in between costs nothing but time."""
+    kept = tmp_path / "kept"
+    machine = tmp_path / "hello.toml"
+    text = HELLO.read_text().replace('source = "', f'source = "{HELLO.parent}/')
+    assert "[cpu]" in text
+    machine.write_text(text.replace("[cpu]", f'[cpu]\ntranslations = "{kept}"'))
+    damages = (lambda f: f.write_bytes(b"\xcc" * 5000), lambda f: f.unlink(), lambda f: f.chmod(0o666))
+    for spoil in (None, *damages):
+        for file in kept.glob("*/*.kept"):
+            assert spoil is not None
+            spoil(file)
+        with Screen("up", "--until", "tick 2", machine, runtime=runtime) as screen:
+            screen.finish(0)
+            assert "tick 1" in screen.text()
+        assert [f.stat().st_uid for f in kept.glob("*/*.kept")]

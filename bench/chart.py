@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 from bench.rows import Ratio, Result, Verdict
 
-LEFT, WIDTH, RIGHT, TOP, STEP = 270, 430, 130, 54, 22
+LEFT, WIDTH, RIGHT, TOP, STEP = 310, 430, 130, 54, 22
 LOWEST, HIGHEST = 0.01, 1000.0
 COLOURS = {Verdict.MET: "#2e7d32", Verdict.OPEN: "#b26a00", Verdict.MISSED: "#b3261e", None: "#455a64"}
 NAMESPACE = "http://www.w3.org/2000/svg"
@@ -48,7 +48,7 @@ def svg(results: Sequence[Result], caption: str) -> str:
                 out.append(_mark(x, y, ratio, filled))
                 words.append(f"{ratio.median:.2g}" if filled else f"({ratio.median:.2g})")
         out.append(_text(LEFT + WIDTH + 12, y + 4, " ".join(words), fill="#333"))
-    out.append(_text(10, bottom + 36, caption, fill="#555"))
+    out.append(_text(10, bottom + 36, caption, fill="#555", size=10))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -70,6 +70,8 @@ def _mark(x: Callable[[float], float], y: int, ratio: Ratio, filled: bool) -> st
     return "".join(parts)
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", fill: str = "#000", weight: str = "") -> str:
-    bold = f" font-weight='{weight}'" if weight else ""
-    return f"<text x='{x:.1f}' y='{y}' text-anchor='{anchor}' fill='{fill}'{bold}>{escape(words)}</text>"
+def _text(x: float, y: float, words: str, anchor: str = "start", fill: str = "#000", weight: str = "normal",
+          size: int = 12) -> str:
+    place = f"x='{x:.1f}' y='{y}' text-anchor='{anchor}'"
+    return (f"<text {place} fill='{fill}' font-weight='{weight}' font-size='{size}'>"
+            f"{escape(words)}</text>")

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench import boot
 from bench.chart import svg
@@ -169,6 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--machine", type=Path, default=boot.REPO / "machines" / "linux.toml")
     parser.add_argument("--memory", type=_count, default=256, help="MiB of guest memory (default 256)")
     parser.add_argument("--limit", type=float, default=900, help="seconds after which a run has failed")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="show an earlier run's --json file")
     parser.add_argument("--no-native", action="store_true", help="leave the runs on the bare host out")
     return parser.parse_args()
 
@@ -189,6 +191,8 @@ def _parts(text: str) -> list[str]:
 
 def main() -> int:
     options = _arguments()
+    if options.again is not None:
+        return _again(options)
     plan = Plan(options.rows, options.scale, options.machine, options.memory, options.limit,
                 not options.no_native)
     for file in ("vmlinuz", "initramfs.cpio", "initramfs-bench.cpio"):
@@ -218,7 +222,7 @@ def main() -> int:
             break
     results = [r for r in (result_of(row, plan.rounds) for row in plan.rows()) if r is not None]
     facts["others_cores"] = round(load.others_cores(), 2)
-    _show(plan, results, facts, load)
+    _show(plan, results, facts)
     _write(options, plan, results, facts)
     if failed:
         print(failed, file=sys.stderr)
@@ -228,7 +232,22 @@ def main() -> int:
     return 1 if failed or wrong else 0
 
 
-def _show(plan: Plan, results: list[Result], facts: dict[str, object], load: Load) -> None:
+def _again(options: argparse.Namespace) -> int:
+    """Table and plot of figures that are there already."""
+    try:
+        whole = json.loads(options.again.read_text())
+        plan = Plan(options.rows, whole["scale"], options.machine, whole["memory_mib"], 0, native=True,
+                    rounds=whole["rounds_ns"], answers=whole["answers"], missing=whole["left_out"])
+        results = [r for r in (result_of(row, plan.rounds) for row in plan.rows()) if r is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        print(f"{options.again}: no figures of make bench: {e}", file=sys.stderr)
+        return 2
+    _show(plan, results, whole["host"])
+    _draw(options.svg, plan, results, whole["host"])
+    return 0
+
+
+def _show(plan: Plan, results: list[Result], facts: dict[str, Any]) -> None:
     print()
     print(table(results))
     for series, reason in plan.missing.items():
@@ -238,11 +257,11 @@ def _show(plan: Plan, results: list[Result], facts: dict[str, object], load: Loa
     print(f"{len(plan.rounds)} rounds, work divided by {plan.scale}; {agreed} of {len(plan.answers)} answers "
           "of the programs equal everywhere; "
           f"other work took {facts['others_cores']} of {os.cpu_count()} cores")
-    if load.others_cores() > BUSY:
+    if facts["others_cores"] > BUSY:
         print("WARNING: the host was busy with other work: trust ratios alone, within their spread")
 
 
-def _write(options: argparse.Namespace, plan: Plan, results: list[Result], facts: dict[str, object]) -> None:
+def _write(options: argparse.Namespace, plan: Plan, results: list[Result], facts: dict[str, Any]) -> None:
     rows = []
     for result in results:
         verdict = result.verdict
@@ -257,14 +276,21 @@ def _write(options: argparse.Namespace, plan: Plan, results: list[Result], facts
         "rounds_ns": plan.rounds,
         "answers": plan.answers,
     }
+    _put(options.json, json.dumps(whole, indent=1) + "\n")
+    _draw(options.svg, plan, results, facts)
+
+
+def _draw(file: Path, plan: Plan, results: list[Result], facts: dict[str, Any]) -> None:
     qemu = str(facts["qemu"]).partition("(")[0].strip()
     caption = (f"{len(plan.rounds)} rounds, work divided by {plan.scale}; {facts['cpu']}, {qemu}; "
                f"other work on {facts['others_cores']} of {facts['cores']} cores")
-    data = json.dumps(whole, indent=1) + "\n"
-    for file, text in ((options.json, data), (options.svg, svg(results, caption))):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        print(f"wrote {file}")
+    _put(file, svg(results, caption))
+
+
+def _put(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def _direct(c: dict[str, Any] | None) -> list[str]:
     exits = sorted(c["exits"].items(), key=lambda item: -item[1])
     direct_s, translated_s = c["user_direct_ms"] / 1000, c["user_translated_ms"] / 1000
     return [f"  direct      {direct_s:.2f} s of user code, {translated_s:.2f} s translated; {c['backend']}, "
-            f"{c['children']} children; " + ", ".join(f"{name} {count}" for name, count in exits)]
+            f"{c['children']} children" + "".join(f", {name} {count}" for name, count in exits)]
 
 
 def _own(counters: dict[str, Any]) -> str:

@@ -65,3 +65,35 @@ def test_bad_arguments_are_one_line(
 def test_parts_are_known() -> None:
     assert compare._parts("boot,int") == ["boot", "int"]
     assert set(PARTS) == {"boot", "int", "fp", "mem", "call", "sys", "proc", "vm", "jit", "hw"}
+
+
+def test_figures_can_be_shown_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(boot, "GUEST", tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    file, plot = tmp_path / "x.json", tmp_path / "x.svg"
+    monkeypatch.setattr("sys.argv", ["compare", "--json", str(file), "--svg", str(plot)])
+    options = compare._arguments()
+    made = plan("int", missing=("auto",))
+    made.rounds = [{"translated": {"int.a": 2.0}, "qemu": {"int.a": 8.0}}]
+    results = [r for r in (compare.result_of(row, made.rounds) for row in made.rows()) if r is not None]
+    facts = {"qemu": "QEMU 7.2 (x)", "cpu": "a CPU", "cores": 2, "others_cores": 0.01}
+    compare._write(options, made, results, facts)
+    first = plot.read_text()
+    plot.unlink()
+    monkeypatch.setattr("sys.argv", ["compare", "--again", str(file), "--svg", str(plot)])
+    assert compare.main() == 0
+    assert plot.read_text() == first
+    assert "0.25 (0.25-0.25)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_figures_that_are_none(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    monkeypatch.setattr("sys.argv", ["compare", "--again", str(file)])
+    assert compare.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

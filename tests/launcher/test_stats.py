@@ -82,7 +82,7 @@ def test_all_counters_are_shown() -> None:
     assert "uart0: bytes_out 17" in shown
     direct = {"user_direct_ms": 1500, "user_translated_ms": 20, "backend": "ptrace", "children": 3,
               "exits": {"PageFault": 2, "SystemCall": 9}}  # fmt: skip
-    line = "direct      1.50 s of user code, 0.02 s translated; ptrace, 3 children; SystemCall 9, PageFault 2"
+    line = "direct      1.50 s of user code, 0.02 s translated; ptrace, 3 children, SystemCall 9, PageFault 2"
     assert line in text("m", [row("cpu0", {**CPU, "direct": direct})])
     timed = {**CPU, "timing": {"total_ns": 10, "activities": {"guest": [2, 8_000]}}}
     assert "guest" in text("m", [row("cpu0", timed)]).splitlines()[-1]

@@ -6,6 +6,7 @@ line's translation is taken from there if it fits, and `keep` puts there what is
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
@@ -24,6 +25,8 @@ FIRST = at.CODE_FIRST + 0x1000
 _RESERVE = 1 << 20  # more than any chunk takes
 MOST_DEAD = 6  # translations of one page that are kept though its bytes have changed since
 MOST_KEPT = 48 << 20  # bytes of host code that one call of `keep` writes
+
+log = logging.getLogger(__name__)
 
 
 class CodeCache:
@@ -98,15 +101,28 @@ class CodeCache:
         self.taken_over += len(chunk.hosts)
         return True
 
-    def keep(self) -> None:
-        """Give the store what was translated since the last time, also of pages that have changed by now."""
+    def keep(self, most: int = MOST_KEPT, last: bool = False) -> bool:
+        """Give the store what was translated since the last time, also of pages that have changed by now.
+
+        most: bytes of host code; True if that was all. last: there is time to tidy up. Never raises.
+        """
         if self.store is None or not self.store.usable:
-            return
+            return True
+        try:
+            records, complete = self._new_records(most)
+            self.store.add(records, last)
+        except Exception:  # nothing of it may cost the machine
+            log.exception("translations are not kept")
+            self.store = None
+            return True
+        return complete
+
+    def _new_records(self, left: int) -> tuple[list[bytes], bool]:
         chunks: dict[Line, list[Chunk]] = {}
         for chunk in self._chunks:
             chunks.setdefault(chunk.line, []).append(chunk)
         dead: Counter[Key] = Counter()
-        records, left = [], MOST_KEPT
+        records: list[bytes] = []
         for line, parts in chunks.items():
             if self.lines.get((line.va, line.pa_pages[0], line.mode)) is not line:
                 key = key_of(line)
@@ -114,12 +130,14 @@ class CodeCache:
                 if dead[key] > MOST_DEAD:
                     continue
             size = sum(chunk.end - chunk.start for chunk in parts)
-            if len(parts) == line.stored or size > min(left, MAX_CODE):
+            if len(parts) == line.stored or size > MAX_CODE:
                 continue
+            if size > left:
+                return records, False
             line.stored = len(parts)
             left -= size
             records.append(pack(line, parts, self.code))
-        self.store.add(records)
+        return records, True
 
     def patch(self, behind: int, target: int) -> None:
         """Point the rel32 that ends at `behind` to `target`."""

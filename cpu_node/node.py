@@ -56,8 +56,7 @@ from memory_node.client import attach
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
 TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment: time from the start on; "cpu": CPU time
 CLOSE_S = 2.0
-KEEP_AFTER = 20_000  # instructions translated before an idle CPU writes translations to the disk
-KEEP_EVERY_NS = 10_000_000_000
+KEEP_AT_ONCE = 2 << 20  # bytes of translations that an idle CPU writes to the disk: some 50 ms
 REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
 REPORTED_STATE = frozenset(("triple-fault",))
 
@@ -83,6 +82,8 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     start: dict[str, int]
     user_mode: str = "translated"
     translations: str = ""  # the folder they are kept in; empty: none
+    keep_after: int = 20_000  # instructions translated, and
+    keep_every_s: float = 10.0  # since the last time: then an idle CPU writes translations to the disk
     trap_backend: str = "auto"
     launcher: str = "launcher"
     log_level: str = "warning"
@@ -181,17 +182,19 @@ class Node:
         self._closing = True
         os.eventfd_write(self._to_bus, 1)
         self._bus_thread.join(CLOSE_S)
-        self._keep()
+        self._cache.keep(last=True)
         if self._cache.store is not None:
             self._cache.store.close()
 
-    def _keep(self) -> None:
-        self._kept_ns, self._kept_instructions = time.monotonic_ns(), self._cache.instructions
-        try:
-            self._cache.keep()
-        except Exception:  # nothing of it may cost the machine
-            log.exception("translations are not kept")
-            self._cache.store = None
+    def _keep_some(self) -> None:
+        """While the guest has nothing to do: put translations on the disk, if there are enough new ones."""
+        instructions, now_ns = self._cache.instructions, time.monotonic_ns()
+        if (instructions - self._kept_instructions <= self.config.keep_after
+                or now_ns - self._kept_ns < self.config.keep_every_s * 1e9):
+            return
+        self._kept_ns = now_ns
+        if self._cache.keep(KEEP_AT_ONCE):
+            self._kept_instructions = instructions
 
     def fail(self, error: Exception) -> None:
         """Say where the guest was when the CPU node broke."""
@@ -257,9 +260,7 @@ class Node:
     def idle(self, deadline_ns: int | None) -> None:
         self._io.flush()
         self._flush_ns = None
-        if (self._cache.instructions - self._kept_instructions > KEEP_AFTER
-                and time.monotonic_ns() - self._kept_ns > KEEP_EVERY_NS):
-            self._keep()
+        self._keep_some()
         self._idle = True
         try:
             if self._inbox:

@@ -33,7 +33,7 @@ import keystone
 from cpu_node.kept import Kept, Key, Probe, key_of, label, unpack
 from cpu_node.line import Line
 
-LIMIT = 192 << 20  # bytes of all files
+LIMIT = 128 << 20  # bytes of all files
 MOST_FILES = 8  # of one version
 MOST_ALIKE = 32  # records with one key that are compared
 SUFFIX = ".kept"
@@ -180,14 +180,14 @@ class Store:
 
     # ---- writing
 
-    def add(self, records: list[bytes]) -> None:
-        """Keep records of kept.pack, and know them from now on."""
+    def add(self, records: list[bytes], tidy: bool = True) -> None:
+        """Keep records of kept.pack, and know them from now on. tidy: also make one file of many."""
         if not self.usable or not records:
             return
         stamp = int(self._now_s())
         try:
             with self._lock() as alone:
-                if alone and len(self._files) >= MOST_FILES:
+                if alone and tidy and len(self._files) >= MOST_FILES:
                     self._merge(records, stamp)
                 else:
                     self._open(self._write([(record, stamp) for record in records]))

@@ -432,3 +432,16 @@ def test_translations_are_kept_for_the_next_node(tmp_path: Path) -> None:
     (first, nothing), second = counts
     assert nothing == 0
     assert second == (0, first)
+
+
+def test_killed_node_has_kept_what_it_translated(machine: Machine, tmp_path: Path) -> None:
+    """An idle CPU writes from time to time; kill -9 costs what came after that."""
+    folder = tmp_path / "kept"
+    machine.config |= {"translations": str(folder), "keep_after": 3, "keep_every_s": 0.0}
+    machine.start(f"mov ecx, 50\nagain: inc eax\nloop again\nmov dword ptr [0x200000], 1\n{FOREVER}")
+    machine.until(lambda: any(folder.glob("*/*.kept")), "file of translations")
+    machine.cpu.kill()
+    machine.cpu.join(DEADLINE_S)
+    (file,) = folder.glob("*/*.kept")
+    assert file.stat().st_size > 200
+    assert not list(folder.glob("*/*.new"))

@@ -520,3 +520,41 @@ def test_dead_translations_do_not_fill_the_store(folder: Path) -> None:
 
 def test_lines_of_the_store_are_never_larger_than_allowed() -> None:
     assert MAX_CODE <= _RESERVE
+
+
+@isolated
+def test_kept_in_portions(folder: Path) -> None:
+    board = Board()
+    prepared(board, opened(folder))
+    board.run(GUEST)
+    cache = board.engine.contexts.cache
+    assert not cache.keep(most=200)
+    assert cache.keep()
+    assert cache.keep()
+    assert len(files(folder)) == 2
+    before = cache.instructions
+    prepared(board, opened(folder))
+    board.run(GUEST)
+    assert cache.instructions == before
+
+
+def test_many_files_stay_many_while_there_is_no_time(folder: Path) -> None:
+    store = opened(folder)
+    for number in range(MOST_FILES + 3):
+        store.add([record(number)], tidy=False)
+    assert len(files(folder)) == MOST_FILES + 3
+    store.add([record(50)])
+    assert len(files(folder)) == 1
+    assert all(found(opened(folder), number) for number in (0, MOST_FILES + 2, 50))
+
+
+@isolated
+def test_error_while_keeping_costs_nothing_else(folder: Path) -> None:
+    board = Board()
+    prepared(board, opened(folder))
+    board.run(GUEST)
+    cache = board.engine.contexts.cache
+    cache._chunks[0].line.entries[0] = -1  # what can't be packed
+    assert cache.keep()
+    assert cache.store is None
+    board.engine.contexts.flush_cache()

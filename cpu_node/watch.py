@@ -68,6 +68,13 @@ class Watch:
         directory entries grant something else; those are forgotten.
         """
         ram = self.memory.ram
+        if self._directory[0] == cr3 and not self._again and not self._bigs_again:
+            for table, copy in self._tables.items():
+                if ram[table : table + 4096] != copy:
+                    break
+            else:
+                if ram[cr3 : cr3 + 4096] == self._directory[1]:
+                    return [], []
         pages = [(va_big << 10 | index, int(self.memory.dwords[(table >> 2) + index]))
                  for table, index in self._again for va_big in self._covers.get(table, ())]
         for table, copy in list(self._tables.items()):

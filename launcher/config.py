@@ -42,7 +42,7 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class CpuTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     apic: bool = True  # a local APIC in CPUID and in the tables the guest gets
     user_mode: Literal["translated", "direct", "auto"] = "translated"
-    trap_backend: Literal["auto", "ptrace"] = "auto"  # how direct execution gets its traps
+    trap_backend: Literal["auto", "ptrace", "seccomp"] = "auto"  # how direct execution gets its traps
     host_cpu: int | Literal["auto", "any"] = "auto"  # see docs/decisions on CPU affinity
     translations: str = "keep"  # "keep", "off", or the folder to keep them in
 
@@ -254,7 +254,7 @@ def _choices(key: str) -> str:
     choices = {
         "machine.on_reset": 'write "restart" or "stop"',
         "cpu.user_mode": 'write "translated", "direct" or "auto"',
-        "cpu.trap_backend": 'write "auto" or "ptrace"',
+        "cpu.trap_backend": 'write "auto", "ptrace" or "seccomp"',
         "cpu.host_cpu": 'write "auto", "any" or the number of a host CPU',
         "boot.kind": 'write "linux" or "asm"',
     }

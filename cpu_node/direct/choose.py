@@ -29,13 +29,14 @@ from cpu_node.direct.exits import (
 )
 from cpu_node.direct.policy import Auto
 from cpu_node.direct.ptrace_unsafe import PtraceBackend
+from cpu_node.direct.seccomp_unsafe import SeccompBackend
 from cpu_node.direct.window import CPUID, SYSCALL, SYSENTER, XGETBV, Forbidden
 from cpu_node.host_unsafe import PROT_EXEC, PROT_READ
 
 if TYPE_CHECKING:
     from cpu_node.engine import Engine
 
-MAKERS: Mapping[str, Callable[[int], TrapBackend]] = {"ptrace": PtraceBackend}
+MAKERS: Mapping[str, Callable[[int], TrapBackend]] = {"ptrace": PtraceBackend, "seccomp": SeccompBackend}
 _VA = 0x1000_0000
 _INT80 = b"\xcd\x80"
 _PAGE = 4096
@@ -123,7 +124,7 @@ def _run(child: Child, memory: mmap.mmap, code: bytes) -> tuple[Exit, GuestState
 
 def wait_plainly(pid: int) -> int | None:
     """exits.Wait for one who can't be kicked."""
-    return os.waitpid(pid, _WALL)[1]
+    return os.waitpid(pid, _WALL | os.WUNTRACED)[1]
 
 
 def _lowest(child: Child) -> int:

@@ -113,11 +113,14 @@ class Direct:
                 self.engine.mode_changed()
             self.exits[type(event).__name__] += 1
             if isinstance(event, Gone):
+                self._put_general()  # the state is what it was, but waiting used the record
                 self._replace(window, event)
                 return True
-            self._store()
+            adopted = self._store()
             if not isinstance(event, PageFault):
                 break
+            if adopted:
+                return True  # the address was made with a base that is another now
             if not self._page_fault(window, event):
                 return window.unfit.isdisjoint((self.engine.cpu.eip >> 12,))
             if self.engine.record.d[at.KICK // 4] or (auto is not None and not space.pace.direct):
@@ -220,23 +223,30 @@ class Direct:
         state.gs, state.gs_base = (gs.selector, gs.base) if gs.usable else (0, 0)
         state.fx[:FX_USED] = record.b[at.FX : at.FX + FX_USED]
 
-    def _store(self) -> None:
+    def _store(self) -> bool:
+        """Take the registers over; True when the guest had loaded a segment register natively."""
         engine, state = self.engine, self._state
         cpu, record = engine.cpu, engine.record
-        regs = cpu.regs
-        for index, value in enumerate(state.regs):
-            regs[index] = value
-        cpu.eip = state.eip
+        self._put_general()
         self._id_flag = state.eflags & ID
-        cpu.eflags = state.eflags & _NATIVE | IF | FIXED
         record.b[at.FX : at.FX + FX_USED] = state.fx[:FX_USED]
         fs, gs = cpu.seg[FS], cpu.seg[GS]
+        adopted = self.exits["segment loaded"]
         if state.ds != USER_DATA or state.es != USER_DATA or state.ss != USER_DATA:
             self._adopt_flat()
         if state.fs != (fs.selector if fs.usable else 0) or state.fs_base != (fs.base if fs.usable else 0):
             self._adopt(FS, state.fs)
         if state.gs != (gs.selector if gs.usable else 0) or state.gs_base != (gs.base if gs.usable else 0):
             self._adopt(GS, state.gs)
+        return self.exits["segment loaded"] != adopted
+
+    def _put_general(self) -> None:
+        cpu, state = self.engine.cpu, self._state
+        regs = cpu.regs
+        for index, value in enumerate(state.regs):
+            regs[index] = value
+        cpu.eip = state.eip
+        cpu.eflags = state.eflags & _NATIVE | IF | FIXED
 
     def _adopt_flat(self) -> None:
         state = self._state

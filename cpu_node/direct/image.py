@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterable
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
@@ -23,7 +24,7 @@ USER_END = 0x7FFF_FFFF_F000
 
 GADGET = TRAMPOLINE + 0x200
 LIST_LOOP = TRAMPOLINE + 0x240  # r12: the list, r13: entries; ends in INT3, or UD2 where a call failed
-_START = 0x100
+START = TRAMPOLINE + 0x100
 
 SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_PRCTL, SYS_CLOSE_RANGE = 9, 10, 11, 157, 436
 _SYS_PAUSE, _SYS_GETPPID, _SYS_EXIT_GROUP = 34, 110, 231
@@ -88,19 +89,23 @@ _LIST_LOOP_TEXT = """
 """
 
 
-def elf(parent: int) -> bytes:
+def ptrace_program(parent: int) -> bytes:
     """The file to execute; `parent` is the pid whose child it must be."""
+    return elf(((START, _start(parent)), (GADGET, "syscall\nint3"), (LIST_LOOP, _LIST_LOOP_TEXT)))
+
+
+def elf(pieces: Iterable[tuple[int, str]]) -> bytes:
+    """A file of one page of code, entered at START. `pieces`: (address, text), in ascending order."""
     page = bytearray(b"\xcc" * PAGE)
-    pieces = (
-        (TRAMPOLINE + _START, _start(parent)),
-        (GADGET, "syscall\nint3"),
-        (LIST_LOOP, _LIST_LOOP_TEXT),
-    )
+    end = START
     for va, text in pieces:
         code = assemble(text, va)
-        page[va - TRAMPOLINE : va - TRAMPOLINE + len(code)] = code
+        if va < end or va + len(code) > TRAMPOLINE + PAGE:
+            raise AssertionError(f"code at {va:#x} overlaps what is before it, or leaves the page")
+        end = va + len(code)
+        page[va - TRAMPOLINE : end - TRAMPOLINE] = code
     ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header = _ELF_HEADER.pack(ident, 2, 62, 1, TRAMPOLINE + _START, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    header = _ELF_HEADER.pack(ident, 2, 62, 1, START, 64, 0, 0, 64, 56, 2, 0, 0, 0)
     load = _PROGRAM_HEADER.pack(_PT_LOAD, _R | _X, 0, TRAMPOLINE, TRAMPOLINE, PAGE, PAGE, PAGE)
     stack = _PROGRAM_HEADER.pack(_PT_GNU_STACK, _R | _W, 0, 0, 0, 0, 0, 16)
     start = header + load + stack

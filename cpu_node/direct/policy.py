@@ -36,6 +36,8 @@ class Auto:
 
     def translated(self, pace: Pace, stretch_ns: int, traps: int) -> bool:
         """Translated user code ran for `stretch_ns`, with as many traps. True: it goes direct from now on."""
+        if pace.direct:
+            return False  # the rest of one that runs directly: what must not run natively
         balance = pace.balance_ns + stretch_ns - traps * self.price_ns
         if balance < pace.goal_ns:
             pace.balance_ns = max(balance, 0)

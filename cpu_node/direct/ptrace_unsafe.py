@@ -74,7 +74,7 @@ class PtraceBackend:
 
     def __init__(self, ram_fd: int) -> None:
         self.ram_fd = ram_fd
-        self._program = Program(image.elf(os.getpid()))
+        self._program = Program(image.ptrace_program(os.getpid()))
 
     def spawn(self) -> PtraceChild:
         """Raises DirectUnavailable."""
@@ -107,7 +107,7 @@ class PtraceChild:
         self._breakpoints: tuple[int, ...] = ()
         self._breakpoints_set = True
         self.stops = 0
-        self.pid = program.spawn(ram_fd, self._list.fd)
+        self.pid = program.spawn((ram_fd, self._list.fd))
         try:
             self._take_over()
         except BaseException:

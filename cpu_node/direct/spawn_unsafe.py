@@ -11,10 +11,11 @@ import mmap
 import os
 import signal
 import struct
+from collections.abc import Sequence
 
 from cpu_node.direct import image
 
-RAM_FD, LIST_FD = 0, 1  # in the child; LIST_FD until the list is mapped
+RAM_FD, LIST_FD, FRAME_FD = range(3)  # in the child; the list's and the frame's until they are mapped
 _ENTRY = struct.Struct("<7Q8x")
 _FIRST_FD = 10  # descriptors of ours that the child's own must not collide with
 
@@ -50,21 +51,20 @@ class Program:
         self.fd = os.memfd_create("backplane-child", os.MFD_CLOEXEC)
         os.write(self.fd, data)
 
-    def spawn(self, ram_fd: int, list_fd: int) -> int:
-        """A process with these two descriptors and no others; its pid. Raises OSError."""
-        ram = fcntl.fcntl(ram_fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
-        calls = fcntl.fcntl(list_fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
+    def spawn(self, fds: Sequence[int]) -> int:
+        """A process with these descriptors, as 0, 1, ..., and no others; its pid. Raises OSError."""
+        ours = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD) for fd in fds]
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(ours)]
         try:
             return os.posix_spawn(
                 f"/proc/self/fd/{self.fd}",
                 ["backplane guest"],
                 {},
-                file_actions=[(os.POSIX_SPAWN_DUP2, ram, RAM_FD), (os.POSIX_SPAWN_DUP2, calls, LIST_FD),
-                              (os.POSIX_SPAWN_CLOSE, 2)],
+                file_actions=[*actions, *((os.POSIX_SPAWN_CLOSE, fd) for fd in range(len(fds), 3))],
                 setsigmask=(),
                 setsigdef=tuple(s for s in signal.valid_signals()
                                 if s not in (signal.SIGKILL, signal.SIGSTOP)),
             )
         finally:
-            os.close(ram)
-            os.close(calls)
+            for fd in ours:
+                os.close(fd)

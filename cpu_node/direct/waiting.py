@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _CODE = SINGLE + 0x800  # of the page for single instructions; single.py uses its beginning
 _STATUS = 0xF00  # in the scratch page, behind the operands of single.py
-_SYS_WAIT4, _WALL = 61, 0x4000_0000
+_SYS_WAIT4, _OPTIONS = 61, 0x4000_0002  # __WALL, WUNTRACED
 
 
 class Waiting:
@@ -50,7 +50,7 @@ class Waiting:
             mov eax, {_SYS_WAIT4}
             mov edi, {pid}
             movabs rsi, {at.SCRATCH + _STATUS:#x}
-            mov edx, {_WALL:#x}
+            mov edx, {_OPTIONS:#x}
             xor r10d, r10d
             syscall
         """, at.CODE + _CODE)

@@ -64,7 +64,7 @@ def test_has_no_other_memory_that_it_may_write_and_execute(rig: Rig) -> None:
 def test_has_the_memory_file_and_no_other_descriptor_that_leads_out(rig: Rig) -> None:
     rig.run("int 0x80")
     targets = [os.readlink(path) for path in Path(f"/proc/{rig.child.pid}/fd").iterdir()]
-    assert targets
+    assert len(targets) <= 1
     assert all("memfd:rig" in target for target in targets)
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
-from cpu_node.direct import image
+from cpu_node.direct import image, seccomp_image
 from cpu_node.direct.choose import MAKERS
-from cpu_node.direct.exits import Fault, ForeignMode, PageFault, SystemCall
+from cpu_node.direct.exits import Fault, ForeignMode, Gone, Kicked, PageFault, SystemCall
+from cpu_node.direct.seccomp_unsafe import SeccompChild
 from cpu_node.errors import GP
 from tests.cpu_node.board import CODE as BOARD_CODE
 from tests.cpu_node.board import asm
@@ -23,6 +25,7 @@ from tests.cpu_node.child import isolated
 from tests.cpu_node.direct.boards import user_board
 from tests.cpu_node.direct.rig import CODE, CODE_PA, DATA, DATA_PA, Rig, rig_of
 
+FORGED_SIZE = 304  # of a ucontext
 START = 64  # of the 64-bit code in the code page
 LINUX_CALLS = {
     "write": (1, 0, DATA, 64, 0, 0, 0),
@@ -78,7 +81,7 @@ def seen(rig: Rig) -> tuple[object, ...]:
     """What system calls change: mappings, descriptors, threads, the name, children, memory."""
     proc = Path(f"/proc/{rig.child.pid}")
     fds = sorted((fd.name, os.readlink(fd)) for fd in (proc / "fd").iterdir())
-    offset = (proc / "fdinfo" / "0").read_text().splitlines()[0]
+    offset = [info.read_text().splitlines()[0] for info in (proc / "fdinfo").iterdir()]
     tasks = sorted(task.name for task in (proc / "task").iterdir())
     children = (proc / "task" / str(rig.child.pid) / "children").read_text()
     status = (proc / "status").read_text().splitlines()
@@ -117,10 +120,13 @@ def test_nothing_else_is_there(rig: Rig) -> None:
     """All that a child has above 4 GiB, but for the host's vsyscall page, which nobody can unmap."""
     rig.run("int 0x80")
     high = [(first, end, rights) for first, end, rights in rig.mappings() if 1 << 32 <= first < 1 << 63]
-    assert high == [
+    expected = [
         (image.TRAMPOLINE, image.TRAMPOLINE + image.PAGE, "r-xp"),
         (image.LIST, image.LIST + image.LIST_SIZE, "r--s"),
     ]
+    if isinstance(rig.child, SeccompChild):
+        expected.append((seccomp_image.FRAME, seccomp_image.FRAME + seccomp_image.FRAME_SIZE, "rw-s"))
+    assert high == expected
 
 
 @pytest.mark.parametrize(
@@ -132,6 +138,51 @@ def test_nothing_else_is_there(rig: Rig) -> None:
 )  # fmt: skip
 def test_other_64_bit_code(rig: Rig, text: str) -> None:
     attack(rig, text)
+
+
+LOAD_R9 = b"\x4d\x8b\x4c\x24\x30"  # mov r9, [r12+48]
+HOLES = {
+    "the handler": seccomp_image.HANDLER,
+    "its call that stops": seccomp_image.STOP_CALL,
+    "its return": seccomp_image.RETURN_CALL,
+    "the mapper's call": image.TRAMPOLINE + seccomp_image.program(0).rindex(LOAD_R9 + b"\x0f\x05") + 5,
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("call", LINUX_CALLS)
+def test_the_calls_of_the_handlers_page(call: str, hole: str) -> None:
+    """Jumping to them with other arguments is SIGSYS, or stops or loses the child."""
+    with rig_of("seccomp") as rig:
+        rig.run("int 0x80")
+        before = seen(rig)
+        text = SET.format(*LINUX_CALLS[call]) + f"mov rbx, {DATA}\nmovabs r15, {HOLES[hole]}\njmp r15"
+        event = rig.run(code64(text))
+        if isinstance(event, Gone):
+            assert hole in ("its return", "the handler")
+            return
+        assert isinstance(event, ForeignMode | Kicked | PageFault | Fault)
+        assert seen(rig)[:-1] == before[:-1]
+        assert rig.run("int 0x80") == SystemCall()
+
+
+def test_a_program_that_blocks_signals_is_lost_and_nothing_else() -> None:
+    """It forges a signal frame and returns from it, deaf to the node's call, into a loop."""
+    with rig_of("seccomp") as rig:
+        rig.run("int 0x80")
+        forged = bytearray(FORGED_SIZE)
+        struct.pack_into("<18Q", forged, 40, *[0] * 8, *[0] * 8, CODE, 0x202)
+        struct.pack_into("<4H", forged, 40 + 18 * 8, 0x23, 0, 0, 0x2B)
+        struct.pack_into("<Q", forged, 296, (1 << 64) - 1)
+        rig.memory[DATA_PA : DATA_PA + FORGED_SIZE] = bytes(forged)
+        text = f"mov esp, {DATA}\nmov eax, 15\nmovabs r15, {seccomp_image.RETURN_CALL}\njmp r15"
+        rig.load(code64(text))
+        rig.memory[CODE_PA + START + 40 : CODE_PA + START + 42] = b"\xeb\xfe"
+        struct.pack_into("<Q", rig.memory, DATA_PA + 40 + 16 * 8, CODE + START + 40)
+        event = rig.run(wait=lambda pid: None if time.sleep(0.05) is None else 0)
+        while event == Kicked():
+            event = rig.run(wait=lambda pid: None if time.sleep(0.05) is None else 0)
+        assert isinstance(event, Gone)
 
 
 @pytest.mark.parametrize("function", [0xFFFF_FFFF_FF60_0000, 0xFFFF_FFFF_FF60_0400, 0xFFFF_FFFF_FF60_0800])

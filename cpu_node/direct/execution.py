@@ -115,6 +115,8 @@ class Direct:
             if isinstance(event, Gone):
                 self._put_general()  # the state is what it was, but waiting used the record
                 self._replace(window, event)
+                if event.ran:
+                    raise GuestFault(GP, 0)  # its registers are lost, and can't be had by running it again
                 return True
             adopted = self._store()
             if not isinstance(event, PageFault):

@@ -92,9 +92,10 @@ class ForeignMode:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The child has died, and with it the registers; the state given to `run` is unchanged."""
+    """The child has died; the state given to `run` is unchanged. `ran`: its code may have run since then."""
 
     reason: str
+    ran: bool
 
 
 Exit = SystemCall | PageFault | Fault | SoftwareTrap | SingleStep | Breakpoint | Kicked | ForeignMode | Gone

@@ -203,7 +203,7 @@ class PtraceChild:
         func.ptrace(_POKEUSER, self.pid, _DEBUG_REGISTERS + 8 * _DR7, enabled)
 
     def run(self, state: GuestState, wait: Wait) -> Exit:
-        pid = self.pid
+        pid, ran = self.pid, False
         try:
             if self._queue:
                 self._flush()
@@ -221,6 +221,7 @@ class PtraceChild:
                 self._fx[:FX_USED] = fx
                 func.ptrace(_SETFPREGS, pid, 0, self._fpregs_ha)
             func.ptrace(_SYSEMU, pid, 0, 0)
+            ran = True
             status = wait(pid)
             if status is None:
                 func.ptrace(_INTERRUPT, pid, 0, 0)
@@ -232,12 +233,12 @@ class PtraceChild:
             self.stops += 1
             if not os.WIFSTOPPED(status):
                 self._reaped = True
-                return Gone(f"it ended with status {status:#x}")
+                return Gone(f"it ended with status {status:#x}", True)
             func.ptrace(_GETREGS, pid, 0, self._registers_ha)
             func.ptrace(_GETFPREGS, pid, 0, self._fpregs_ha)
             return self._exit(state, status)
         except (ProcessLookupError, PtraceError) as error:
-            return Gone(" ".join(str(error).split()))
+            return Gone(" ".join(str(error).split()), ran)
 
     def _signal_pending(self) -> bool:
         _PEEK.pack_into(self._peek, 0, 0, 0, 1)

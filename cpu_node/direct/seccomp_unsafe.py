@@ -56,7 +56,7 @@ _UC_SIZE = _UC_MASK + 8
 _XSTATE_BV, _XSTATE_END = 512, 576  # the header behind the FXSAVE image says which parts are used
 _SI_CODE = 8
 _TRAP_OVERFLOW, _TRAP_PAGE_FAULT, _TRAP_TRACE, _PF_WRITE = 4, 14, 2, 2
-_OBEY_S = 5.0  # of real time, to stop when called
+_OBEY_S = 3.0  # of real time, to stop when called
 _STRAY_STOPS = 3
 
 
@@ -156,12 +156,15 @@ class SeccompChild:
     # ---- running
 
     def run(self, state: GuestState, wait: Wait) -> Exit:
+        ran = False
         try:
+            self._look_alive()
             if self._queue:
                 self._flush()
             self._load(state)
             sequence = self._word(at.SEQUENCE)
             self._continue(self.pid)
+            ran = True
             status = wait(self.pid)
             if status is None:
                 os.kill(self.pid, signal.SIGUSR1)
@@ -176,10 +179,17 @@ class SeccompChild:
                 status = self._obeyed()
             if not os.WIFSTOPPED(status):
                 self._reaped.add(self.pid)
-                return Gone(f"it ended with status {status:#x}")
+                return Gone(f"it ended with status {status:#x}", True)
             return self._exit(state)
         except (ProcessLookupError, ChildProcessError) as error:
-            return Gone(str(error))
+            return Gone(str(error), ran)
+
+    def _look_alive(self) -> None:
+        """Raises ProcessLookupError where it has died since it stopped."""
+        pid, status = os.waitpid(self.pid, _WALL | os.WNOHANG)
+        if pid:
+            self._reaped.add(pid)
+            raise ProcessLookupError(f"it ended with status {status:#x}")
 
     def _obeyed(self) -> int:
         """Wait for the stop that it has been called to; one that blocks the signal is killed."""

@@ -249,9 +249,23 @@ def test_a_dead_child_is_said_to_be_gone(rig: Rig) -> None:
         return wait_plainly(pid)
 
     before = list(rig.state.regs)
-    assert isinstance(rig.run("again: jmp again", wait=killed), Gone)
+    event = rig.run("again: jmp again", wait=killed)
+    assert isinstance(event, Gone)
+    assert event.ran
     assert rig.state.regs == before
-    assert isinstance(rig.run(), Gone)
+    event = rig.run()
+    assert isinstance(event, Gone)
+    assert not event.ran
+
+
+def test_a_child_that_died_while_it_was_stopped_has_run_nothing(rig: Rig) -> None:
+    assert rig.run("int 0x80") == SystemCall()
+    os.kill(rig.child.pid, signal.SIGKILL)
+    while Path(f"/proc/{rig.child.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+        time.sleep(0.001)
+    event = rig.run()
+    assert isinstance(event, Gone)
+    assert not event.ran
 
 
 def test_64_bit_code_is_not_the_guests(rig: Rig) -> None:

@@ -13,7 +13,7 @@ from cpu_node.descriptor import GS, parse
 from cpu_node.direct.choose import MAKERS
 from cpu_node.direct.exits import USER_DATA
 from cpu_node.direct.window import ChildWindow
-from cpu_node.errors import BP, DB, PF, UD
+from cpu_node.errors import BP, DB, GP, PF, UD
 from cpu_node.flags import DF, ID, IF, TF
 from cpu_node.paging import A, D, P
 from tests.cpu_node.board import (
@@ -332,6 +332,26 @@ def test_a_child_that_dies_is_replaced(backend: str) -> None:
     assert board.regs[3] == 3
     assert len(set(killed)) == 3
     assert direct.exits["Gone"] == 3
+
+
+@backends
+@isolated
+def test_code_whose_child_dies_while_it_runs_gets_a_fault(backend: str) -> None:
+    """Its registers are lost; to run it again from where it began could do things twice."""
+    board = user_board(backend)
+
+    def kill() -> None:
+        while not isinstance(window := board.engine.contexts.space.direct, ChildWindow):
+            time.sleep(0.001)
+        while board.peek32(DATA) < 1000:
+            time.sleep(0.001)
+        os.kill(window.child.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    board.run(f"again: inc dword ptr [{DATA}]; jmp again")
+    thread.join()
+    assert (board.fault.vector, board.fault.error) == (GP, 0)
 
 
 @backends

@@ -93,6 +93,9 @@ class Assists:
         self._enter_space()
         self._refresh_sysenter()
         self._refresh_return()
+        if mode & modes.WATCHED:  # breakpoints and RF are the simulator's
+            q[at.SYSENTER_READY // 8] = d[at.RETURN_READY // 4] = 0
+            d[at.GATE_VECTOR // 4] = NO_VECTOR
 
     def _enter_space(self) -> None:
         """Windows and tables of the current space, in the current mode at both levels."""

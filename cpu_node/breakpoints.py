@@ -1,7 +1,8 @@
 """Hardware breakpoints: DR0 to DR3 as DR7 arms them.
 
 Source: Intel SDM vol. 3B 17.2.4 (DR7), 17.2.5 (addresses and lengths), 17.3.1 (faults and traps). While one
-is armed, code runs one instruction at a time in the simulator; accesses are seen in its memory and where its
+is armed, the pages of data breakpoints are in no window, and those of instruction breakpoints are not
+translated (mode.WATCHED): the simulator does what meets them. Accesses are seen in its memory and where its
 port instructions check permission.
 """
 
@@ -45,6 +46,12 @@ class Breakpoints:
         dr7 = self.cpu.dr[7]
         fields = [(n, dr7 >> 16 + 4 * n) for n in range(4) if dr7 >> 2 * n & 3]
         return [(n, field & 3, _LENGTHS[field >> 2 & 3]) for n, field in fields]
+
+    def pages(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The linear pages with breakpoints on data, and those with breakpoints on instructions."""
+        armed = [(kind, self.cpu.dr[n] >> 12) for n, kind, _ in self._armed()]
+        data = frozenset(page for kind, page in armed if kind in (WRITES, ACCESSES))
+        return data, frozenset(page for kind, page in armed if kind == EXECUTION)
 
     def watch(self) -> None:
         """From here on, until `unwatch`, note what data accesses hit."""

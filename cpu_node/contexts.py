@@ -28,12 +28,16 @@ DEVICE_AFTER = 8  # accesses to devices before an instruction is left to the sim
 MIXED_AFTER = 4  # writes to a page's code before its translations verify themselves
 
 
+SpaceKey = tuple[int | None, frozenset[int]]  # page directory (None: no paging), hidden pages
+
+
 class Filled(Enum):
     """What became of a data access that faulted."""
 
     MAPPED = auto()  # try again
     OWN_PAGE = auto()  # mapped; but it writes to the page its own instruction is on: simulate it
     NO_MEMORY = auto()  # a device's: simulate it
+    HIDDEN = auto()  # a breakpoint may be there: simulate it
 
 
 class Contexts:
@@ -48,7 +52,9 @@ class Contexts:
         self.max_spaces = MAX_SPACES
         self.max_mappings = MAX_MAPPINGS
         self.count_every = self._until_count = COUNT_EVERY
-        self.spaces: OrderedDict[int | None, Space] = OrderedDict()
+        self.spaces: OrderedDict[SpaceKey, Space] = OrderedDict()
+        self.hidden: frozenset[int] = frozenset()  # linear pages with data breakpoints
+        self._watched: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
         self.kernel_tables: dict[int, Table] = {}
         self.kernel_watch = Watch(memory)
         self.kernel_touched = Touched(KERNEL_CODE)
@@ -63,11 +69,12 @@ class Contexts:
     # ---- entering
 
     def _space(self) -> Space:
-        key = self.walker.cr3 if self.walker.paging else None
+        key = (self.walker.cr3 if self.walker.paging else None, self.hidden)
         space = self.spaces.get(key)
         if space is None:
             self._make_room()
-            space = self.spaces[key] = Space(key, self.ram_fd, self.memory, self.code)
+            space = self.spaces[key] = Space(key[0], self.ram_fd, self.memory, self.code)
+            space.hidden = self.hidden
         self.spaces.move_to_end(key)
         self.walker.touched = space.touched
         return space
@@ -142,6 +149,26 @@ class Contexts:
             for table in self.kernel_tables.values():
                 _drop_changed(table, pages, bigs, False)
         self._kernel_cr3 = cr3
+
+    def hide(self, data: frozenset[int], code: frozenset[int]) -> bool:
+        """Breakpoints lie on these linear pages now; True where another space was entered.
+
+        A space with hidden pages is one of its own, and so are the dispatch tables of mode.WATCHED; they hold
+        no code of pages with breakpoints. Both are kept while the breakpoints come and go, as a debugger's
+        do with each change of task.
+        """
+        if (data or code) and (data, code) != self._watched:
+            self._watched = (data, code)
+            watched = [t for mode, t in self.kernel_tables.items() if mode & modes.WATCHED]
+            for space in self.spaces.values():
+                watched += [t for mode, t in space.tables.items() if mode & modes.WATCHED]
+            for table in watched:
+                table.clear()
+        if data == self.hidden:
+            return False
+        self.hidden = data
+        self.flush()
+        return True
 
     def _resync(self, space: Space) -> None:
         pages, bigs = space.resync()
@@ -270,12 +297,13 @@ class Contexts:
 
     def _line(self, va: int) -> Line:
         pa_page = self._fetch(va)
-        key = (va & FRAME, pa_page, self.mode)
+        mode = self.mode & ~modes.WATCHED  # the same code
+        key = (va & FRAME, pa_page, mode)
         line = self.cache.lines.get(key)
         if line is None:
             mixed = pa_page in self.code.mixed
             code = self.memory.ram[pa_page << 12 : (pa_page << 12) + PAGE]
-            line = self.cache.lines[key] = page_line(va >> 12, pa_page, self.mode, code, mixed)
+            line = self.cache.lines[key] = page_line(va >> 12, pa_page, mode, code, mixed)
             if self.device_sites:
                 sites = self.device_sites.items()
                 line.devices = {o for (page, o), n in sites if page == pa_page and n >= DEVICE_AFTER}
@@ -299,14 +327,15 @@ class Contexts:
                     self.code_written(first)
                     return self.find(va)
             pages = (first, self._fetch(following))
-            key = (va, pages[0], self.mode)
+            mode = self.mode & ~modes.WATCHED
+            key = (va, pages[0], mode)
             line = self.cache.lines.get(key)
             if line is None or line.pa_pages != pages:
                 ram = self.memory.ram
                 start = pages[0] << 12 | va & 0xFFF
                 code = ram[start : (pages[0] + 1) << 12] + ram[pages[1] << 12 : (pages[1] << 12) + 15]
                 mixed = pages[0] in self.code.mixed or pages[1] in self.code.mixed
-                line = self.cache.lines[key] = single_line(va, pages, self.mode, code, mixed)
+                line = self.cache.lines[key] = single_line(va, pages, mode, code, mixed)
                 self.cache.take_over(line)
                 self._register(line)
             table.add(line)
@@ -404,6 +433,8 @@ class Contexts:
         if self._until_count <= 0:
             self._changed_windows(0)
         walked = self.walker.walk(va, write, user)
+        if self.hidden and (va >> 12 in self.hidden or (walked[3] == 1 << 22 and self.space.hides(va >> 22))):
+            return Filled.HIDDEN
         filled = Filled.MAPPED
         if write:
             pa_page = walked[0] >> 12

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from cpu_node.platform import Platform
     from cpu_node.table import Row
 
+_NONE: frozenset[int] = frozenset()
 _MODE, _LEVEL, _SPACE = 1, 2, 4  # changed: anything; the privilege level; the address space
 _SPECIAL_FLAGS = TF | RF | AC
 _PAGE_FAULT = 14
@@ -84,6 +85,7 @@ class Engine:
         self.mode = modes.STEP
         self.exits: Counter[int] = Counter()
         self._dirty = _MODE  # what `_set_mode` has to do
+        self._traced = _NONE  # linear pages with breakpoints on instructions
         self._after_ss = False  # the instruction before this one loaded SS
         self._shadow_over = False  # the instruction before this one had interrupts held off
         self._alarm: int | None = None
@@ -212,6 +214,9 @@ class Engine:
                     continue
                 if direct is not None and self.mode == modes.USER and direct.run():
                     continue
+                if self._traced and cpu.eip >> 12 in self._traced:
+                    self.interpreted()
+                    continue
                 q[entry] = at.CODE + contexts.find(cpu.eip)
                 if d[kick]:
                     continue
@@ -224,6 +229,9 @@ class Engine:
                     cpu.eip = d[eip_at]
                 elif reason == at.EXIT_SIMULATE:
                     eip = cpu.eip = d[eip_at]
+                    if self.mode & modes.WATCHED:
+                        self.interpreted()
+                        continue
                     line = contexts.table.lines.get(eip >> 12)
                     known = line.simulated.get(eip & 0xFFF) if line is not None else None
                     if known is None:
@@ -295,9 +303,9 @@ class Engine:
     def _needs_steps(self) -> bool:
         """TF, AC or RF is set: must instructions be run one by one?"""
         d, system_flags = self.record.d, at.SYSTEM_FLAGS // 4
-        if not self.mode & modes.INTERPRETED:
+        if not self.mode & (modes.INTERPRETED | modes.WATCHED):
             d[system_flags] &= ~RF  # no breakpoint is armed in this mode: RF is as good as over
-        return bool(d[system_flags] & TF) or self._checks_alignment()
+        return bool(d[system_flags] & (TF | RF)) or self._checks_alignment()
 
     def _checks_alignment(self) -> bool:
         cpu = self.cpu
@@ -330,8 +338,15 @@ class Engine:
         if 0 <= va < 1 << 32:
             with suppress(GuestFault):
                 self.contexts.fill(va, bool(q[at.FAULT_ERROR // 8] & 2), False, None)
+        self._simulate()
+
+    def _simulate(self) -> None:
+        """One instruction of translated code by the simulator."""
+        if self.mode & modes.WATCHED:
+            self.interpreted()
+            return
         self.simulator.step()
-        if cpu.pending_debug:
+        if self.cpu.pending_debug:
             self._debug_trap()
 
     def _host_fault(self) -> None:
@@ -340,7 +355,7 @@ class Engine:
         rip, trap, ha = q[at.FAULT_RIP // 8], q[at.FAULT_TRAP // 8], q[at.FAULT_ADDRESS // 8]
         line, cpu.eip = roll_back(record, contexts.cache, rip)
         if trap == _SPLIT_LOCK:
-            self.simulator.step()
+            self._simulate()
             return
         if trap != _PAGE_FAULT:
             fault = guest_fault(trap, cpu)
@@ -349,16 +364,14 @@ class Engine:
             raise fault
         va = ha - q[at.WINDOW // 8]
         if not 0 <= va < 1 << 32:
-            self.simulator.step()  # FS or GS not plain, or an operand that wraps
-            if cpu.pending_debug:
-                self._debug_trap()
+            self._simulate()  # FS or GS not plain, or an operand that wraps
             return
         write = bool(q[at.FAULT_ERROR // 8] & 2)
         user = cpu.cpl == 3
         filled = contexts.fill(va, write, user, line)
         if filled is not Filled.MAPPED:
             start = cpu.eip
-            self.simulator.step()
+            self._simulate()
             if filled is Filled.NO_MEMORY:
                 contexts.device_access(line, start)
 
@@ -370,6 +383,9 @@ class Engine:
         cpl = self.cpu.cpl
         known = None if dirty & _MODE or self.direct is not None else self.assists.modes.get(cpl)
         mode = self.mode = modes.of(self.cpu, cpl) if known is None else known
+        if mode & modes.WATCHED or self._traced or self.contexts.hidden:
+            data, self._traced = self.breakpoints.pages() if mode & modes.WATCHED else (_NONE, _NONE)
+            self.contexts.hide(data, self._traced)
         window, table = self.contexts.enter(mode, cpl == 3)
         self.record.q[at.WINDOW // 8] = window
         self.record.q[at.TABLE // 8] = table

@@ -20,13 +20,14 @@ TSC_SIMULATED = 0x08  # RDTSC needs the simulator (CR4.TSD at CPL 3, or an adjus
 CODE16 = 0x10  # CS.D clear
 STACK16 = 0x20  # SS.B clear
 NOT_FLAT = 0x40  # CS, SS, DS or ES has a base or a limit
-STEP = 0x80  # EFLAGS.TF, an armed breakpoint, real or virtual-8086 mode
+STEP = 0x80  # real or virtual-8086 mode, CPL 1 and 2, breakpoints without paging
+WATCHED = 0x100  # breakpoints are armed: their pages are left to the simulator
 INTERPRETED = CODE16 | STACK16 | NOT_FLAT | STEP  # no translation in this mode: the simulator runs it
 
-FLAG_NAMES = ("user", "no-fpu", "no-sse", "tsc", "code16", "stack16", "not-flat", "step")
+FLAG_NAMES = ("user", "no-fpu", "no-sse", "tsc", "code16", "stack16", "not-flat", "step", "watched")
 
 
-_TS_EM, _OSFXSR, _TSD, _PE = 0x0C, 0x200, 0x04, 0x01  # of CR0, CR4, CR4, CR0
+_TS_EM, _OSFXSR, _TSD, _PE, _PG = 0x0C, 0x200, 0x04, 0x01, 0x8000_0000  # of CR0, CR4, CR4, CR0, CR0
 
 
 def of(cpu: Cpu, cpl: int) -> int:
@@ -47,8 +48,10 @@ def of(cpu: Cpu, cpl: int) -> int:
     if not (code.flat and stack.flat and data.flat and extra.flat
             and stack.writable and data.writable and extra.writable):
         mode |= NOT_FLAT
-    if not cpu.cr0 & _PE or cpu.eflags & VM or cpu.dr[7] & 0xFF:
+    if not cpu.cr0 & _PE or cpu.eflags & VM:
         mode |= STEP
+    elif cpu.dr[7] & 0xFF:
+        mode |= WATCHED if cpu.cr0 & _PG else STEP
     return mode
 
 

@@ -269,6 +269,7 @@ class Space:
         self._ram_fd = ram_fd
         self.touched = Touched(self.kernel.index)
         self.tables: dict[int, Table] = {}  # dispatch tables of user code, by mode
+        self.hidden: frozenset[int] = frozenset()  # linear pages that are never mapped
         self.watch = Watch(memory)
 
     @property
@@ -282,6 +283,10 @@ class Space:
     def windows(self) -> tuple[Window, ...]:
         both = (self.kernel,) if self._user is None else (self.kernel, self._user)
         return both if self.direct is None else (*both, self.direct)
+
+    def hides(self, va_big: int) -> bool:
+        """Is a hidden page among these 4 MiB?"""
+        return any(page >> 10 == va_big for page in self.hidden)
 
     def mappings(self, split: int) -> int:
         """Host mappings held, at most; `split`: what CodePages.splits says."""
@@ -344,7 +349,7 @@ class Space:
         rights = entry & (RIGHTS | A | D)
         dwords, base = self.memory.dwords, walker.cr3 >> 2
         while (va_big + len(entries) < 1024 and frame + len(entries) << 22 < self.memory.size
-               and va_big + len(entries) not in window.big):
+               and va_big + len(entries) not in window.big and not self.hides(va_big + len(entries))):
             pde = int(dwords[base + va_big + len(entries)])
             if pde >> 22 != frame + len(entries) or pde & (RIGHTS | A | D) != rights:
                 break
@@ -384,8 +389,8 @@ class Space:
         for k in range(1, min(_AHEAD, 1024 - (index & 1023))):
             pte = int(dwords[index + k])
             if (pte >> 12 != pa_page + k or pte & need != need or pa_page + k >= last
-                    or va_page + k in window.small or code.protected(pa_page + k)
-                    or (not may_write and pte & D)):
+                    or va_page + k in window.small or va_page + k in self.hidden
+                    or code.protected(pa_page + k) or (not may_write and pte & D)):
                 break
             entries.append(pte)
 

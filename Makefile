@@ -63,7 +63,8 @@ test: lint
 # A run of another size than the default one leaves the committed table alone.
 conformance: OUT ?= $(if $(CASES),build,docs)/conformance.md
 conformance: setup
-	@$(PY) -m tests.insn.conform $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED)) --out $(OUT)
+	@$(PY) -m tests.insn.conform $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(MINUTES),--minutes $(MINUTES)) --out $(OUT)
 
 SECONDS ?= 60
 

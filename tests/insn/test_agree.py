@@ -1,6 +1,6 @@
 """The host CPU and every executor run the same random instructions: not one difference is allowed.
 
-BACKPLANE_INSN_CASES sets how many cases run (default 240,000; `make conformance` runs millions) and
+BACKPLANE_INSN_CASES sets how many cases run (default 120,000; `make conformance` runs millions) and
 BACKPLANE_INSN_SEED the seed (default: the same for ever).  A failure prints the shrunk case and the command
 that runs it again.
 """
@@ -20,11 +20,12 @@ from tests.insn.groups import GROUPS, group_of
 from tests.insn.report import Report
 
 SEED = int(os.environ.get("BACKPLANE_INSN_SEED", str(DEFAULT_SEED)))
-CASES = int(os.environ.get("BACKPLANE_INSN_CASES", "240000"))
+CASES = int(os.environ.get("BACKPLANE_INSN_CASES", "120000"))
 JOBS = 2
 LEAST_AGREED = 0.98  # of the cases tried, exclusions are the rest
-ENOUGH_FOR_FORMS = 200_000
-LEAST_FORMS = 0.6  # of each line of the table of forms; millions of cases come near all
+ENOUGH_FOR_FORMS = 100_000
+LEAST_FORMS = 0.15  # of each line of the table of forms; millions of cases come near all
+ALWAYS_COMPLETE = ("rows of the", "forms of 32-bit", "forms of 16-bit", "segment prefixes")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def test_an_executor_does_what_the_host_does(report: Report, executor: str) -> N
 @pytest.mark.skipif(CASES < ENOUGH_FOR_FORMS, reason="too few cases to meet all forms")
 def test_every_form_of_instruction_is_met(report: Report) -> None:
     for what, met, there_are in summary(report.forms):
-        assert LEAST_FORMS * there_are <= met <= there_are, what
+        least = there_are if what.startswith(ALWAYS_COMPLETE) else LEAST_FORMS * there_are
+        assert least <= met <= there_are, what
 
 
 def test_every_row_is_tested_or_excluded_with_a_reason() -> None:

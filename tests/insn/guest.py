@@ -9,7 +9,7 @@ Four ways to run the same case differently, none of which may change its outcome
 `base`: all segments start there (those of the LDT so much higher), and all pages lie so much higher.
 `on_demand`: no page is present until it is touched, and none writable until it is written; the page fault
 is then served here and the instruction restarted.
-`direct`: user code runs untouched in a traced child.
+`direct`: user code runs untouched in a child; BACKPLANE_TRAP_BACKEND names the trap back end.
 
 Every fourth family of cases starts with its code pages as "mixed" (self-verifying translations), every eighth
 with accessed and dirty bits clear.
@@ -143,7 +143,8 @@ class GuestRunner:
         self._segments[0] = null(0)
         self._set_up_system()
         if direct:
-            self._engine.direct = start(self._engine, fd, "direct", "auto")
+            backend = os.environ.get("BACKPLANE_TRAP_BACKEND", "auto")
+            self._engine.direct = start(self._engine, fd, "direct", backend)
             assert self._engine.direct is not None, "no trap back end works here"
 
     def _dword(self, pa: int, value: int) -> None:

@@ -23,7 +23,7 @@ SEED = int(os.environ.get("BACKPLANE_INSN_SEED", str(DEFAULT_SEED)))
 CASES = int(os.environ.get("BACKPLANE_INSN_CASES", "120000"))
 JOBS = 2
 LEAST_AGREED = 0.98  # of the cases tried, exclusions are the rest
-ENOUGH_FOR_FORMS = 100_000
+ENOUGH_FOR_GROUPS, ENOUGH_FOR_FORMS = 10_000, 100_000
 LEAST_FORMS = 0.15  # of each line of the table of forms; millions of cases come near all
 ALWAYS_COMPLETE = ("rows of the", "forms of 32-bit", "forms of 16-bit", "segment prefixes")
 
@@ -46,7 +46,8 @@ def test_an_executor_does_what_the_host_does(report: Report, executor: str) -> N
     assert tried == agreed + masked + excluded
     assert differ == 0
     assert agreed + masked >= LEAST_AGREED * tried
-    assert all(report.row(executor, group)[0] for group in GROUPS)
+    if CASES >= ENOUGH_FOR_GROUPS:
+        assert all(report.row(executor, group)[0] for group in GROUPS)
 
 
 @pytest.mark.skipif(CASES < ENOUGH_FOR_FORMS, reason="too few cases to meet all forms")

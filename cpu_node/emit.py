@@ -43,6 +43,7 @@ from cpu_node.encode import (
     WINDOW,
     Function,
     Leaf,
+    Split,
     legacy,
     modrm_bytes,
     opcode_bytes,
@@ -202,10 +203,8 @@ class Templates:
         else:
             before = b"\x44\x8d" + modrm_bytes(insn, 0)  # lea r8d, [...]
         middle = bytes((0x4D, 0x8B, 0x4F, pointer)) + b"\x45\x8b\x09\x47\x8d\x04\x08" + operation
-        d0, d1 = insn.disp_at, insn.disp_at + insn.disp_size
-        i0, i1 = insn.imm_at, insn.imm_at + insn.imm_size
-        return self._function(insn, lambda page, o, va: before + page[o + d0 : o + d1] + middle
-                              + page[o + i0 : o + i1])
+        return self._function(insn, Split(before, insn.disp_at, insn.disp_size, middle,
+                                          insn.imm_at, insn.imm_size))
 
     @staticmethod
     def _is_segmented(insn: Insn) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from cpu_node import layout as at
@@ -42,6 +43,23 @@ def with_va(text: str) -> Function:
     mark = struct.pack("<I", PLACEHOLDER)
     before, after = code.split(mark)
     return lambda page, offset, va: before + struct.pack("<I", va) + after
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A Function: host code, the displacement, host code, the immediate. Offsets are from the instruction."""
+
+    before: bytes
+    disp_at: int
+    disp_size: int
+    middle: bytes
+    imm_at: int
+    imm_size: int
+
+    def __call__(self, page: bytes, offset: int, va: int) -> bytes:
+        disp, imm = offset + self.disp_at, offset + self.imm_at
+        head = self.before + page[disp : disp + self.disp_size] + self.middle
+        return head + page[imm : imm + self.imm_size]
 
 
 def legacy(insn: Insn) -> bytes:

@@ -20,7 +20,8 @@ CODE, PARAMETERS, PAGE_COPY, HERE, KNOWN = 0x0000, 0x1000, 0x2000, 0x3800, 0x400
 OFFSETS, HOSTS, FIXUPS, STUBS, PLACES, ARENA = 0x5000, 0x6000, 0x8000, 0xA000, 0xC000, 0x10000
 NODE = 1024  # bytes of a node of the trie
 # Flags of a leaf: what it puts out, and what follows.
-GUEST, WITH_VA, BEHIND, WITH_TARGET, SHORT, FOLLOWS, RETURN, ENDS, MAY_CROSS = (1 << n for n in range(9))
+GUEST, WITH_VA, BEHIND, WITH_TARGET, SHORT = (1 << n for n in range(5))
+FOLLOWS, RETURN, ENDS, MAY_CROSS, TAIL = (1 << n for n in range(5, 10))
 # Offsets of parameters: host address of the next byte, guest offset, instructions left, ...
 OUT, I, LEFT, ROOT, VA0, COUNT, N_FIXUPS, FOLLOWING, TO, START = 0, *range(8, 44, 4)
 ENDED, SPARE, CURSOR = 48, 52, 56  # the run is at its end; `left` that stays; first fixup not followed
@@ -122,6 +123,10 @@ def text() -> str:
         mov ecx, [r14+{FOLLOWING}]
         sub ecx, r8d
         sub ecx, edx
+        push rax
+        movzx eax, byte ptr [rbp+7]
+        sub ecx, eax
+        pop rax
         add rdx, rsi
         add rdx, r8
         call copy
@@ -130,6 +135,14 @@ def text() -> str:
         movzx edx, word ptr [rbp+8]
         add rdx, rbp
         call copy
+        test eax, {TAIL}
+        jz whole
+        movzx ecx, byte ptr [rbp+7]
+        mov edx, [r14+{FOLLOWING}]
+        sub edx, ecx
+        add rdx, rsi
+        call copy
+    whole:
         test eax, {WITH_VA}
         jz after
         mov edx, [r14+{VA0}]

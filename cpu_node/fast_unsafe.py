@@ -4,6 +4,7 @@ Templates are copied from the trie of emit.py into memory, node by node as they 
 by the next guest byte; 0: not known yet, even: the next node, odd: a leaf. A leaf says what to put out:
 
     +0 flags  +2 guest length  +3 guest bytes to skip  +4, +5, +6 lengths of `before`, `middle`, `after`
+    +7 guest bytes at the end that go behind `middle`
     +8 offset of `middle`  +10 offset of `after`  +16 `before` ...
 
 in the order before, guest bytes, middle, a guest address, after, a rel32 to be filled in. What no leaf can
@@ -39,6 +40,7 @@ from cpu_node.encode import (
     STOP,
     STORE_IMM,
     Leaf,
+    Split,
 )
 from cpu_node.line import PAGE, Chunk, Line
 from cpu_node.stubs_unsafe import assemble
@@ -47,9 +49,9 @@ from cpu_node.translate import MAX_INSTRUCTIONS, Translation, leaf_at
 _NONE = bytes(PAGE // 8)
 _MAX_PART = 240  # bytes of before, middle or after
 _ALL = struct.Struct("<QIIIIIIIIQIIQ")  # the parameters, in the order of fast_loop.py
-_LEAF = struct.Struct("<HBBBBBxHH")
+_LEAF = struct.Struct("<HBBBBBBHH")
 _STATE = struct.Struct("<QII")  # the first three: out, offset, left
-_Parts = tuple[int, bytes, bytes, bytes]  # flags, before, middle, after
+_Parts = tuple[int, bytes, bytes, bytes, int, int]  # flags, before, middle, after; guest bytes: skipped, last
 
 
 class FastTranslator:
@@ -120,7 +122,7 @@ class FastTranslator:
         memory, text = self._memory, line.code
         out, i, left = _STATE.unpack_from(memory, loop.PARAMETERS)
         leaf = leaf_at(templates, text, i)
-        kind, n, skip = leaf[:3]
+        kind, n = leaf[:2]
         if i + n > PAGE and kind != STOP:  # a line of its own
             code = MOV_R8 + (line.va + i & 0xFFFFFFFF).to_bytes(4, "little") + JUMP_R8
             cache[out - at.CODE : out - at.CODE + len(code)] = code
@@ -132,11 +134,11 @@ class FastTranslator:
         if parts is None:  # a template that is a function
             made = leaf[4](text, i, line.va + i & 0xFFFFFFFF)
             if kind == ICALL:
-                parts = loop.WITH_VA | loop.BEHIND | loop.RETURN, made, STORE_IMM, PUSHED + JUMP_R8
+                parts = loop.WITH_VA | loop.BEHIND | loop.RETURN, made, STORE_IMM, PUSHED + JUMP_R8, 0, 0
             else:
                 assert kind in (END, FUNCTION), kind
-                parts = loop.ENDS if kind == END else 0, leaf[3] + made if kind == END else made, b"", b""
-        flags, before, middle, after = parts
+                parts = loop.ENDS if kind == END else 0, leaf[3] + made, b"", b"", 0, 0
+        flags, before, middle, after, skip, tail = parts
         (count,) = struct.unpack_from("<I", memory, loop.PARAMETERS + loop.COUNT)
         (start,) = struct.unpack_from("<Q", memory, loop.PARAMETERS + loop.START)
         struct.pack_into("<H", memory, loop.OFFSETS + 2 * count, i)
@@ -153,7 +155,8 @@ class FastTranslator:
             if flags & loop.FOLLOWS and inside and not memory[loop.KNOWN + (target >> 3)] >> (target & 7) & 1:
                 _STATE.pack_into(memory, loop.PARAMETERS, out, target, left - 1)
                 return True
-        code = before + (text[i + skip : following] if flags & loop.GUEST else b"") + middle
+        code = before + (text[i + skip : following - tail] if flags & loop.GUEST else b"") + middle
+        code += text[following - tail : following]
         if flags & loop.WITH_VA:
             code += (line.va + (following if flags & loop.BEHIND else i) & 0xFFFFFFFF).to_bytes(4, "little")
         code += after + (bytes(4) if flags & loop.WITH_TARGET else b"")
@@ -191,7 +194,7 @@ class FastTranslator:
         while node.__class__ is list:
             path.append(text[i + len(path)])
             node = node[path[-1]]
-        if node is not leaf or max(map(len, parts[1:])) > _MAX_PART:
+        if node is not leaf or max(map(len, parts[1:4])) > _MAX_PART:
             return False
         if loop.ARENA + self._end + (len(path) + 2) * loop.NODE > at.TRANSLATOR_SIZE:
             host.map_anonymous(at.TRANSLATOR + loop.ARENA, at.TRANSLATOR_SIZE - loop.ARENA,
@@ -206,12 +209,12 @@ class FastTranslator:
             if not place:
                 place = self._room(loop.NODE)
                 struct.pack_into("<I", memory, slot, place)
-        flags, before, middle, after = parts
+        flags, before, middle, after, skip, tail = parts
         middle_at = 16 + (len(before) + 15 & ~15)
         after_at = middle_at + (len(middle) + 15 & ~15)
         start = self._room(after_at + len(after) + 16)
         lengths = len(before), len(middle), len(after)
-        _LEAF.pack_into(memory, loop.ARENA + start, flags, *leaf[1:3], *lengths, middle_at, after_at)
+        _LEAF.pack_into(memory, loop.ARENA + start, flags, leaf[1], skip, *lengths, tail, middle_at, after_at)
         for offset, part in ((16, before), (middle_at, middle), (after_at, after)):
             memory[loop.ARENA + start + offset : loop.ARENA + start + offset + len(part)] = part
         struct.pack_into("<I", memory, loop.ARENA + place + 4 * path[-1], start | 1)
@@ -223,25 +226,30 @@ def _parts(leaf: Leaf) -> _Parts | None:
     kind, n, skip, pre, post, _ = leaf
     guest = loop.GUEST if skip else 0
     target = loop.WITH_TARGET | (loop.SHORT if n - skip == 1 else 0)
+    if isinstance(post, Split) and kind == FUNCTION:
+        flags = loop.GUEST | loop.TAIL
+        return flags, post.before, post.middle, b"", n - post.disp_size - post.imm_size, post.imm_size
     if callable(post):
         return None
     match kind:
         case _ if kind == PLAIN:
-            return guest, pre, b"", b""
+            return guest, pre, b"", b"", skip, 0
         case _ if kind == PLAIN_POST:
-            return loop.GUEST, pre, b"", post
+            return loop.GUEST, pre, b"", post, skip, 0
         case _ if kind in (JCC, LOOP):
-            return target, pre, b"", b""
+            return target, pre, b"", b"", skip, 0
         case _ if kind == CALL:
-            return target | loop.WITH_VA | loop.BEHIND | loop.RETURN, STORE_IMM, b"", PUSHED + b"\xe9"
+            flags = target | loop.WITH_VA | loop.BEHIND | loop.RETURN
+            return flags, STORE_IMM, b"", PUSHED + b"\xe9", skip, 0
         case _ if kind == JMP:
-            return target | loop.FOLLOWS | loop.ENDS, b"\xe9", b"", b""
+            return target | loop.FOLLOWS | loop.ENDS, b"\xe9", b"", b"", skip, 0
         case _ if kind == END:
-            return guest | loop.ENDS, pre, b"", (post or b"") if skip else b""
+            return guest | loop.ENDS, pre, b"", (post or b"") if skip else b"", skip, 0
         case _ if kind == ICALL:
-            return guest | loop.WITH_VA | loop.BEHIND | loop.RETURN, pre, STORE_IMM, PUSHED + JUMP_R8
+            flags = guest | loop.WITH_VA | loop.BEHIND | loop.RETURN
+            return flags, pre, STORE_IMM, PUSHED + JUMP_R8, skip, 0
         case _ if kind == SIMULATE:
-            return loop.WITH_VA, MOV_R8, b"", EXIT_SIMULATE
+            return loop.WITH_VA, MOV_R8, b"", EXIT_SIMULATE, skip, 0
         case _ if kind == STOP:
-            return loop.WITH_VA | loop.ENDS | loop.MAY_CROSS, MOV_R8, b"", EXIT_SIMULATE
+            return loop.WITH_VA | loop.ENDS | loop.MAY_CROSS, MOV_R8, b"", EXIT_SIMULATE, skip, 0
     return None

@@ -57,7 +57,7 @@ class Findings:
 
 
 def start(engine: Engine, ram_fd: int, user_mode: str, trap_backend: str) -> Direct | None:
-    """Direct execution by the back end asked for ("auto": ptrace, or what is clearly faster); None: none works.
+    """Direct execution by the back end asked for ("auto": ptrace, or what is clearly faster), if any works.
 
     `user_mode`: "direct", or "auto" for what gains by it.
     """

@@ -47,6 +47,7 @@ class Builder:
         self.texts: list[str] = []
         self.memory = bytearray(p.SIZE)
         self.cr0, self.cr4 = CR0_PAGED, CR4_DEFAULT
+        self.gates_to_16 = False  # may task gates lead to the 16-bit task?
         self._tables()
 
     # ---- memory
@@ -153,6 +154,11 @@ class Builder:
             return self.r.randrange(16) << 3 | 4 | rpl
         return (low + self.r.randrange((high - low) // 8) * 8) | rpl
 
+    def conforming(self, selector: int) -> bool:
+        """Is this conforming code?"""
+        at = (p.LDT if selector & 4 else p.GDT) + (selector & 0xFFF8) + 5
+        return at < p.IDT and self.memory[at] & 0x1C == 0x1C
+
     def random_descriptor(self) -> int:
         """Data and code are usable wherever they are put: no limit is in the way of the common code."""
         r = self.r
@@ -183,7 +189,10 @@ class Builder:
         r = self.r
         kind = r.choice(kinds)
         if kind == 5:
-            selector = r.choice((p.TSS_B_SEL, p.TSS_D_SEL, p.TSS_E_SEL, p.TSS_16_SEL, self.selector(0) & ~4))
+            sixteen = p.TSS_16_SEL if self.gates_to_16 else p.TSS_B_SEL
+            selector = r.choice((p.TSS_B_SEL, p.TSS_D_SEL, p.TSS_E_SEL, sixteen, self.selector(0) & ~4))
+            if selector & ~7 == p.TSS_16_SEL and not self.gates_to_16:
+                selector = p.TSS_B_SEL
         else:
             selector = self.code_selector()
         return pack_gate(kind, selector, p.TARGET, dpl=r.choice((3, 3, 3, 0, 1, 2)), parameters=count,

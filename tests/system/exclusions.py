@@ -143,6 +143,16 @@ AVOIDED = (
         "pushes to what SS was; ours, having no stack, goes "
         "on to a double fault. So handlers of 10 to 13 are tasks where tasks are switched",
     ),
+    (
+        "a task's CS that is conforming code of a lower DPL than RPL",
+        "table 7-1",
+        "#TS; ours takes it, as transfers do",
+    ),
+    (
+        "null selectors 1 to 3 when privilege is lowered",
+        "vol. 2 IRET",
+        "sets them to 0; ours, pointing to no segment, stay",
+    ),
     ("the upper halves of registers after a switch to a 16-bit task", "7.6", "keeps some; undefined"),
     ("gates that lead from virtual-8086 mode to CPL 1 or 2", "20.3.1", "takes them; the manual says #GP"),
     ("STI; MOV SS: a shadow in a shadow", "vol. 2 MOV", "ends it with the first; the manual allows both"),

@@ -116,6 +116,11 @@ def far_transfers(b: Builder) -> None:
         b.action(b.enter(cpl, b.flags(cpl)), far_transfer(b, cpl))
 
 
+def named(selector: int) -> int:
+    """0 for the other null selectors."""
+    return selector if selector > 3 else 0
+
+
 def returns(b: Builder) -> None:
     """IRET to any level, with any flags, into any selector; NT and virtual-8086 are subjects of their own."""
     b.random_descriptors()
@@ -127,7 +132,7 @@ def returns(b: Builder) -> None:
         code = CODES[outer] if b.chance(70) else b.code_selector()
         stack = DATAS[outer] if b.chance(70) else b.selector(outer, p.RANDOM)
         segments_text = "".join(
-            f"mov eax, {b.selector(cpl, 8, 0x60) if b.chance(50) else DATAS[cpl]}\nmov {name}, ax\n"
+            f"mov eax, {named(b.selector(cpl, 8, 0x60)) if b.chance(50) else DATAS[cpl]}\nmov {name}, ax\n"
             for name in ("ds", "es", "fs", "gs") if b.chance(30)
         )  # fmt: skip
         if b.chance(20) and outer >= cpl:
@@ -173,6 +178,7 @@ def gates(b: Builder) -> None:
 def tasks(b: Builder) -> None:
     """Task switches of every kind between 32- and 16-bit tasks; what is wrong with a TSS."""
     r = b.r
+    b.gates_to_16 = True
     b.random_descriptors()
     b.random_gates((5,))
     for vector in p.RANDOM_VECTORS:
@@ -188,6 +194,8 @@ def tasks(b: Builder) -> None:
             fields[name] = {"eip": p.TARGET + 1, "ldt": p.LDT_SEL, "back": p.TSS_SEL}.get(
                 name, b.selector(level)
             )
+        if b.conforming(fields["cs"]):
+            fields["cs"] &= ~3  # as QEMU has it: RPL = DPL
         if b.chance(20):
             fields["ldt"] = b.selector(0)
         b.task(tss, **fields)

@@ -138,7 +138,8 @@ def _is_wide(row: Row) -> bool:
 
 
 def _may_be_unaligned(row: Row) -> bool:
-    return row.memory_width(False) in (2, 4, 8, 16) and not _always_aligned(row)
+    widths = {row.memory_width(False), row.memory_width(True)}
+    return not widths.isdisjoint((2, 4, 8, 16)) and not _always_aligned(row)
 
 
 def _always_aligned(row: Row) -> bool:

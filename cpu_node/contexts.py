@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
+from cpu_node.code_pages import CodePages
 from cpu_node.decode import MAX_LENGTH, decode
 from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
@@ -19,7 +20,7 @@ from cpu_node.line import PADDING, PAGE, Line, page_line, single_line
 from cpu_node.paging import FRAME, PS, US, P, PhysicalMemory, Walker
 from cpu_node.touched import KERNEL_CODE, Touched
 from cpu_node.watch import Watch, claims_more
-from cpu_node.window import CodePages, Space, Window
+from cpu_node.window import Space, Window
 
 MAX_SPACES = 48
 MAX_MAPPINGS = 40_000  # the host allows 65,530
@@ -147,7 +148,7 @@ class Contexts:
         else:
             pages, bigs = self.kernel_watch.changes(cr3)
             for table in self.kernel_tables.values():
-                _drop_changed(table, pages, bigs, False)
+                table.drop_changed(pages, bigs, False)
         self._kernel_cr3 = cr3
 
     def hide(self, data: frozenset[int], code: frozenset[int]) -> bool:
@@ -174,7 +175,7 @@ class Contexts:
         pages, bigs = space.resync()
         if pages or bigs:
             for table in space.tables.values():
-                _drop_changed(table, pages, bigs, True)
+                table.drop_changed(pages, bigs, True)
 
     def configuration_changed(self) -> None:
         """CR0.WP or CR4.PSE changed: nothing may be kept that was derived from page tables."""
@@ -204,10 +205,10 @@ class Contexts:
         va_page, bigs = va >> 12, self._big_moved(watch, va >> 22)
         for table in tables:
             if bigs:
-                _drop_changed(table, [], bigs, user)
+                table.drop_changed([], bigs, user)
             elif va_page in table.filled or va_page in table.crossing_into:
                 pa_page, user_may = self._look_up(va)
-                _drop_unless(table, va_page, pa_page if user_may or not user else -1)
+                table.drop_unless(va_page, pa_page if user_may or not user else -1)
 
     @staticmethod
     def _unmark(touched: Touched, watch: Watch, pages: list[int], windows: tuple[Window, ...],
@@ -443,22 +444,3 @@ class Contexts:
                     filled = Filled.OWN_PAGE
                 self.code_written(pa_page)
         return filled if self.space.fill(self.walker, va, write, user, walked) else Filled.NO_MEMORY
-
-
-def _drop_unless(table: Table, va_page: int, pa_page: int) -> None:
-    """Forget a page's code unless it is that of `pa_page` and no instruction runs into it."""
-    line = table.lines.get(va_page)
-    if line is None or line.pa_pages[0] != pa_page or va_page in table.crossing_into:
-        table.drop_page(va_page)
-
-
-def _drop_changed(table: Table, pages: list[tuple[int, int]], bigs: list[int], user: bool) -> None:
-    """Forget the code of pages whose entries no longer lead to it."""
-    for va_page, entry in pages:
-        if va_page in table.filled or va_page in table.crossing_into:
-            kept = entry & P and (entry & US or not user)
-            _drop_unless(table, va_page, entry >> 12 if kept else -1)
-    if bigs:
-        gone = set(bigs)
-        for va_page in [p for p in {*table.lines, *table.crossing_into, *table.filled} if p >> 10 in gone]:
-            table.drop_page(va_page)

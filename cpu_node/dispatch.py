@@ -10,6 +10,7 @@ from __future__ import annotations
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.line import Line
+from cpu_node.paging import US, P
 
 _free: list[int] = list(range(at.TABLE_COUNT - 1, -1, -1))
 
@@ -67,6 +68,23 @@ class Table:
             if crossing is not None:
                 crossing.tables.discard(self)
                 entries[va] = 0
+
+    def drop_unless(self, va_page: int, pa_page: int) -> None:
+        """Forget a page's entries unless its code is that of `pa_page` and no instruction runs into it."""
+        line = self.lines.get(va_page)
+        if line is None or line.pa_pages[0] != pa_page or va_page in self.crossing_into:
+            self.drop_page(va_page)
+
+    def drop_changed(self, pages: list[tuple[int, int]], bigs: list[int], user: bool) -> None:
+        """Forget pages whose page-table entries no longer lead to their code; `bigs`: 4 MiB pages, wholly."""
+        for va_page, entry in pages:
+            if va_page in self.filled or va_page in self.crossing_into:
+                kept = entry & P and (entry & US or not user)
+                self.drop_unless(va_page, entry >> 12 if kept else -1)
+        if bigs:
+            gone = set(bigs)
+            for va_page in [p for p in {*self.lines, *self.crossing_into, *self.filled} if p >> 10 in gone]:
+                self.drop_page(va_page)
 
     def drop_line(self, line: Line) -> None:
         """A line is no more."""

@@ -31,8 +31,9 @@ from cpu_node.cpu import (
 )
 from cpu_node.describe import describe_instruction
 from cpu_node.descriptor import CS, FS, GS, parse
-from cpu_node.errors import DB, NMI, UD, GuestFault
+from cpu_node.errors import DB, UD, GuestFault
 from cpu_node.flags import AC, OF, RF, TF
+from cpu_node.interrupts import Interrupts
 from cpu_node.line import PAGE, Line
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
@@ -52,7 +53,6 @@ _MODE, _LEVEL, _SPACE = 1, 2, 4  # changed: anything; the privilege level; the a
 _SPECIAL_FLAGS = TF | RF | AC
 _PAGE_FAULT = 14
 _SPLIT_LOCK = 17  # #AC of the host: LOCK across cache lines, where its kernel forbids that
-_STI = 0xFB
 _CS_LIKE_INT = frozenset(("int", "int3", "into", "int1"))
 
 
@@ -78,6 +78,7 @@ class Engine:
         self.single = Single(self.record, self.contexts.cache.code, self.cpu)
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
         self.breakpoints = Breakpoints(self.cpu, self.memory)
+        self.interrupts = Interrupts(self)
         self.simulator.kick = self._kick
         self.direct: Direct | None = None  # runs user code untranslated where it can
         self.simulator.on_port = self.breakpoints.note_port
@@ -87,8 +88,6 @@ class Engine:
         self._dirty = _MODE  # what `_set_mode` has to do
         self._traced = _NONE  # linear pages with breakpoints on instructions
         self._after_ss = False  # the instruction before this one loaded SS
-        self._shadow_over = False  # the instruction before this one had interrupts held off
-        self._alarm: int | None = None
         self.record.d[at.KICK // 4] = 0
         for index in range(6):
             self.segments_changed(index)
@@ -191,7 +190,7 @@ class Engine:
         """Until `stopping`. Raises TripleFault."""
         record, cpu = self.record, self.cpu
         d, q, enter, exits = record.d, record.q, record.enter, self.exits
-        contexts, simulator = self.contexts, self.simulator
+        contexts, simulator, interrupts = self.contexts, self.simulator, self.interrupts
         kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
         changed = at.CHANGED // 8
         system_flags, pending, interrupt_flag = at.SYSTEM_FLAGS // 4, at.PENDING // 4, at.INTERRUPT_FLAG // 4
@@ -203,7 +202,7 @@ class Engine:
         while not self.stopping:
             try:
                 if d[kick] or cpu.halted or (d[pending] and d[interrupt_flag]):
-                    self._events(reason)
+                    interrupts.take_in(reason)
                     if cpu.halted or self.stopping:
                         continue
                 if self._dirty:
@@ -297,7 +296,7 @@ class Engine:
         elif cpu.pending_debug:
             self._debug_trap()
         if shadow:
-            self._shadow_over = True
+            self.interrupts.shadow_over = True
             self.record.d[at.KICK // 4] = 1
 
     def _needs_steps(self) -> bool:
@@ -400,72 +399,6 @@ class Engine:
         if cpl is not None:
             self.mode = self.assists.modes[cpl]
             self.contexts.enter(self.mode, cpl == 3)
-
-    # ---- interrupts
-
-    def _events(self, reason: int) -> None:
-        """Take in what arrived; deliver an interrupt if one is due; wait while halted.
-
-        `reason`: the last exit. Behind EXIT_SIMULATE there is no translated STI to have a shadow.
-        """
-        record, cpu, platform, apic = self.record, self.cpu, self.platform, self.apic
-        d = record.d
-        d[at.KICK // 4] = 0
-        platform.poll()
-        if self.stopping:
-            return  # a halted CPU would wait for something else to arrive
-        if apic is not None:
-            apic.set_lint(0, platform.intr)
-            apic.tick(platform.now_ns())
-            if not cpu.nmi_blocked and not cpu.inhibit_interrupts and apic.take_nmi():
-                cpu.halted = False
-                gates.deliver(cpu, NMI, external=True)
-            deadline = apic.next_deadline_ns()
-            if deadline != self._alarm:
-                self._alarm = deadline
-                platform.set_alarm(deadline)
-        waiting = self._waiting()
-        if waiting and d[at.INTERRUPT_FLAG // 4] and reason != at.EXIT_SIMULATE and self._behind_sti():
-            cpu.inhibit_interrupts = True
-        self._shadow_over = False
-        if waiting and d[at.INTERRUPT_FLAG // 4] and not cpu.inhibit_interrupts:
-            vector = self._acknowledge()
-            if vector is not None:
-                cpu.halted = False
-                gates.deliver(cpu, vector, external=True)
-            waiting = self._waiting()
-        d[at.PENDING // 4] = waiting
-        if waiting and d[at.INTERRUPT_FLAG // 4]:
-            d[at.KICK // 4] = 1
-        elif cpu.halted and not d[at.KICK // 4]:
-            platform.idle(self._alarm)
-            d[at.KICK // 4] = 1
-
-    def _behind_sti(self) -> bool:
-        """May translated code just have executed STI? Then one more instruction comes first [6.8.1].
-
-        Where the byte before EIP is something else's, or STI found IF set, the interrupt waits for nothing.
-        """
-        if self._shadow_over or self.cpu.halted or self.mode & modes.INTERPRETED:
-            return False
-        before = self.cpu.eip - 1 & 0xFFFFFFFF
-        line = self.contexts.table.lines.get(before >> 12)
-        return line is not None and line.code[before & 0xFFF] == _STI
-
-    def _waiting(self) -> bool:
-        apic = self.apic
-        if apic is None:
-            return self.platform.intr
-        return apic.pending_vector() is not None or apic.intr_pending()
-
-    def _acknowledge(self) -> int | None:
-        """The vector to deliver; None when the 8259 has nothing any more."""
-        apic = self.apic
-        if apic is not None:
-            if apic.pending_vector() is not None:
-                return apic.acknowledge()
-            apic.acknowledge_intr()
-        return self.platform.int_ack()
 
     # ---- reports
 

@@ -82,7 +82,7 @@ class Timing:
             (contexts, "fill", "fill a window"),
             (contexts, "flush", "flush and compare"),
             (contexts, "invlpg", "invlpg"),
-            (engine, "_events", "events, interrupts"),
+            (engine.interrupts, "take_in", "events, interrupts"),
             (engine, "interpreted", "simulate, stepping"),
             (engine.platform, "idle", IDLE),
             (gates, "deliver", "deliver an exception"),

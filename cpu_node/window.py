@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
+from cpu_node.code_pages import CodePages, runs
 from cpu_node.direct.policy import Pace
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
 from cpu_node.touched import Touched
@@ -28,33 +29,6 @@ if TYPE_CHECKING:
 _AHEAD = 64  # pages mapped along with one that faulted, at most
 _HIDDEN = 256  # pages of a window that are hidden, at most, before they are unmapped
 _free: list[int] = list(range(at.WINDOW_COUNT - 2, 0, -1))
-
-
-class CodePages:
-    """Which physical pages hold translated code, and where they are mapped writable."""
-
-    def __init__(self) -> None:
-        self.lines: dict[int, set[object]] = {}  # physical page -> its lines
-        self.mixed: set[int] = set()  # pages of code and data: not protected, translations verify themselves
-        self.small: dict[int, set[tuple[Window, int]]] = {}  # physical page -> (window, linear page)
-        self.big: dict[int, set[tuple[Window, int]]] = {}  # 4 MiB frame -> (window, linear 4 MiB page)
-
-    def protected(self, pa_page: int) -> bool:
-        """Must writes to the page fault?"""
-        return pa_page in self.lines and pa_page not in self.mixed
-
-    def splits(self) -> int:
-        """Into how many more mappings protection divides one of all memory, at most."""
-        return 2 * len(_runs(sorted(self.lines)))
-
-    def protect(self, pa_page: int) -> None:
-        """Make every mapping of the page read-only."""
-        for window, va_page in self.small.get(pa_page, ()):
-            if window.small[va_page][1]:
-                window.set_writable(va_page, pa_page, False)
-        for window, va_big in self.big.get(pa_page >> 10, ()):
-            if window.big[va_big][1]:
-                window.protect(va_big << 22 | (pa_page & 0x3FF) << 12, 4096, False)
 
 
 class Window:
@@ -148,7 +122,7 @@ class Window:
         if writable:
             first, last = pa >> 12, (pa + length) >> 12
             pages = sorted(p for p in self.code.lines if first <= p < last and p not in self.code.mixed)
-            for page, run in _runs(pages):
+            for page, run in runs(pages):
                 self.protect(va + (page - first << 12), run << 12, False)
 
     def drop_small(self, pages: Iterable[int]) -> None:
@@ -158,7 +132,7 @@ class Window:
         for va_page in gone:
             pa_page = hidden[va_page] = small.pop(va_page)[0]
             self._not_at(pa_page, va_page)
-        for va_page, run in _runs(gone):
+        for va_page, run in runs(gone):
             self.hide(va_page << 12, run << 12, False)
         if len(hidden) > _HIDDEN:
             self._unmap_hidden()
@@ -216,7 +190,7 @@ class Window:
                 if writable:
                     kept.append(va_page)
         if kept:
-            for va_page, run in _runs(sorted(kept)):
+            for va_page, run in runs(sorted(kept)):
                 self.protect(va_page << 12, run << 12, False)
         if gone:
             self.drop_small(gone)
@@ -242,17 +216,6 @@ class Window:
         """Give the address space back."""
         self.clear()
         _free.append(self.index)
-
-
-def _runs(pages: list[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as (first, count)."""
-    out: list[tuple[int, int]] = []
-    for page in pages:
-        if out and out[-1][0] + out[-1][1] == page:
-            out[-1] = (out[-1][0], out[-1][1] + 1)
-        else:
-            out.append((page, 1))
-    return out
 
 
 class Space:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cpu_node.code_pages import CodePages
 from cpu_node.direct.exits import Child, TrapBackend
 from cpu_node.host_unsafe import PROT_EXEC, PROT_READ, PROT_WRITE
 from cpu_node.paging import PhysicalMemory
-from cpu_node.window import CodePages, Window
+from cpu_node.window import Window
 
 CPUID, XGETBV = b"\x0f\xa2", b"\x0f\x01\xd0"
 SYSCALL, SYSENTER = b"\x0f\x05", b"\x0f\x34"

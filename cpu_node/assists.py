@@ -41,6 +41,7 @@ from cpu_node.record_unsafe import Record
 from cpu_node.stubs_unsafe import assist_addresses
 
 NO_VECTOR = 0xFFFFFFFF
+NO_SELECTOR = 0xFFFFFFFF  # 0 is one that IRET may find on the stack, and must refuse
 FLAT_LIMIT = 0x000F_0000_0000_FFFF  # of a descriptor; SYSENTER's segments have no other
 _CHANGED = at.CHANGED // 8
 
@@ -141,7 +142,7 @@ class Assists:
         if self._kernel and kernel:
             d[at.KERNEL_CS // 4], d[at.KERNEL_CS_VA // 4] = self._kernel[0].selector, kernel[0]
             q[at.KERNEL_CS_RAW // 8] = kernel[1]
-        d[at.USER_CS // 4] = 0  # no selector of CPL 3
+        d[at.USER_CS // 4] = NO_SELECTOR
         if self._user is None:
             return
         code, stack = (self._in_gdt(segment) for segment in self._user)

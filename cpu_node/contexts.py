@@ -65,7 +65,7 @@ class Contexts:
         self._kernel_cr3: int | None = None
         self.mode = 0
         self.space = self._space()
-        self.table = self._table(0)
+        self.table = self.table_of(0)
 
     # ---- entering
 
@@ -106,7 +106,8 @@ class Contexts:
             for window in self.space.windows:
                 window.clear()
 
-    def _table(self, mode: int) -> Table:
+    def table_of(self, mode: int) -> Table:
+        """The dispatch table of a mode in the current space."""
         tables = self.space.tables if mode & modes.USER else self.kernel_tables
         table = tables.get(mode)
         if table is None:
@@ -124,12 +125,8 @@ class Contexts:
         window = self.space.user if user else self.space.kernel
         if mode & modes.INTERPRETED:
             return window.ha, self.table.ha
-        self.table = self._table(mode)
+        self.table = self.table_of(mode)
         return window.ha, self.table.ha
-
-    def table_of(self, mode: int) -> Table:
-        """The dispatch table of a mode in the current space."""
-        return self._table(mode)
 
     def user_table_if_any(self, mode: int) -> Table | None:
         """The same for CPL 3, if it was used already."""

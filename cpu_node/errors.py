@@ -60,7 +60,3 @@ class TripleFault(Exception):
 
 def general_protection(error: int = 0) -> GuestFault:
     return GuestFault(GP, error)
-
-
-def undefined_opcode() -> GuestFault:
-    return GuestFault(UD)

@@ -88,7 +88,7 @@ class Store:
 
     def __init__(self, folder: Path, tag: bytes, now_s: Callable[[], float], limit: int = LIMIT) -> None:
         self.folder, self.tag, self.limit = folder, tag, limit
-        self.hits = self.misses = 0
+        self.hits = 0
         self._now_s = now_s
         self._root = self._fd = -1
         self._files: list[_File] = []
@@ -136,7 +136,6 @@ class Store:
                 entry.file.used = True
                 entry.stamp = int(self._now_s())
                 return kept
-        self.misses += 1
         return None
 
     def _kept(self, entry: _Entry) -> Kept | None:

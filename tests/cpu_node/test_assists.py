@@ -14,7 +14,7 @@ import pytest
 
 from cpu_node import layout as at
 from cpu_node.cpu import EAX, EBX, EDI, ESI
-from cpu_node.descriptor import CS, FS, GS, SS, pack
+from cpu_node.descriptor import CS, FS, GS, SS, pack, parse
 from cpu_node.errors import GP, PF, TripleFault
 from cpu_node.flags import AC, ID, NT
 from cpu_node.layout import EXIT_ASSIST, EXIT_SIMULATE
@@ -323,6 +323,23 @@ def test_int_that_cannot_be_delivered(name: str) -> None:
     with pytest.raises(TripleFault):
         board.run(OUTWARD["plain"])
     assert board.regs[ESI] == 1  # the round after the change
+
+
+@isolated
+def test_iret_to_a_null_selector() -> None:
+    """#GP, also where user code has run whose segments are not in the GDT: no selector is known then."""
+    board = Board()
+    board.paging()
+    board.flat(3)
+    for index, raw in ((CS, pack(0, FLAT, 0xC0FB)), (SS, pack(0, FLAT, 0xC0F3))):
+        board.segment(index, parse(0x0F, raw))  # of an LDT
+    end = board.load(f"mov eax, [0]\npush 0\npush 0x9000\npush 0x202\npush 0\npush {CODE:#x}\n{IRET}", INNER)
+    board.load("mov eax, [esp]\nmov ebx, [esp+4]\nhlt", INNER + 0x100)
+    board.gate(0x40, INNER, dpl=3)
+    board.gate(GP, INNER + 0x100)
+    board.run("int 0x40")
+    assert (board.regs[EAX], board.regs[EBX]) == (0, end - 1)
+    assert board.cpu.cpl == 0
 
 
 @isolated

@@ -1,6 +1,6 @@
 """The host CPU and every executor run the same random instructions: not one difference is allowed.
 
-BACKPLANE_INSN_CASES sets how many cases run (default 120,000; `make conformance` runs millions) and
+BACKPLANE_INSN_CASES sets how many cases run (default 240,000; `make conformance` runs millions) and
 BACKPLANE_INSN_SEED the seed (default: the same for ever).  A failure prints the shrunk case and the command
 that runs it again.
 """
@@ -20,7 +20,7 @@ from tests.insn.groups import GROUPS, group_of
 from tests.insn.report import Report
 
 SEED = int(os.environ.get("BACKPLANE_INSN_SEED", str(DEFAULT_SEED)))
-CASES = int(os.environ.get("BACKPLANE_INSN_CASES", "120000"))
+CASES = int(os.environ.get("BACKPLANE_INSN_CASES", "240000"))
 JOBS = 2
 LEAST_AGREED = 0.98  # of the cases tried, exclusions are the rest
 ENOUGH_FOR_GROUPS, ENOUGH_FOR_FORMS = 10_000, 100_000

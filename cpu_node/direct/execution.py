@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from time import clock_gettime_ns, thread_time_ns
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
@@ -61,6 +61,13 @@ _CPUCLOCK_SCHED = 2  # of a process's clock id, as clock_getcpuclockid() makes i
 _DIVISIONS = frozenset(("div", "idiv", "aam"))
 
 
+class Clocks(NamedTuple):
+    """Processor time in ns: of this thread, and of the child with a process id."""
+
+    own_ns: Callable[[], int]
+    child_ns: Callable[[int], int]
+
+
 class Direct:
     """Runs the current space's user code directly where `run` is asked to."""
 
@@ -73,6 +80,7 @@ class Direct:
         self.direct_ns = 0
         self.exits: Counter[str] = Counter()
         self.refusals = 0  # times that `run` left it to the translator
+        self.clocks = Clocks(thread_time_ns, cpu_ns)
         self._forbidden = forbidden
         self._lowest = lowest
         self._wait = Waiting(engine)
@@ -101,13 +109,13 @@ class Direct:
             return False
         self._load()
         while True:
-            begin = cpu_ns(window.child.pid)
+            begin = self.clocks.child_ns(window.child.pid)
             try:
                 event = window.child.run(self._state, self._wait)
             except MapRefused as error:
                 self._give_up(f"the host refused a mapping: {error}")
                 return False
-            stretch = max(0, cpu_ns(window.child.pid) - begin)
+            stretch = max(0, self.clocks.child_ns(window.child.pid) - begin)
             self.direct_ns += stretch
             if auto is not None and auto.direct(space.pace, stretch):
                 self.engine.mode_changed()
@@ -137,16 +145,16 @@ class Direct:
     def timed(self, enter: Callable[[], None]) -> Callable[[], None]:
         """`enter`, its time counted where it runs user code, alone or with what it asks of the kernel."""
         engine, contexts, auto, q = self.engine, self.engine.contexts, self.auto, self.engine.record.q
-        entries = at.ENTERED_USER // 8
+        entries, clocks = at.ENTERED_USER // 8, self.clocks
 
         def entered() -> None:
             space, before = contexts.space, q[entries] - (engine.mode & modes.USER)
-            begin = thread_time_ns()
+            begin = clocks.own_ns()
             enter()
             traps = q[entries] - before
             if not traps:
                 return
-            stretch = thread_time_ns() - begin
+            stretch = clocks.own_ns() - begin
             self.translated_ns += stretch
             if auto is not None and auto.translated(space.pace, stretch, traps):
                 engine.mode_changed()

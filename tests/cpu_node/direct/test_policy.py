@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cpu_node.direct.choose import MAKERS
+from cpu_node.direct.execution import Clocks
 from cpu_node.direct.policy import EARN_MOST_NS, EARN_NS, LOSE_NS, Auto, Pace
 from cpu_node.errors import UD
 from cpu_node.window import Space
@@ -55,8 +56,13 @@ def test_who_stays_long_is_trusted_again() -> None:
     assert pace.goal_ns == EARN_NS
 
 
-COMPUTE = "mov ecx, 3000000; a{0}: imul eax, eax, 1103515245; add eax, ecx; add [{1}], eax; loop a{0};"
-TRAP = "mov ecx, 300; b{0}: int 0x80; loop b{0};"
+ITERATIONS, TRAPS = 600_000, 300
+END_STRETCH = "push es; pop es;"  # the simulator's, where it is translated; nothing else ends a stretch here
+# counts its iterations in [DATA + 4]; the test's clock runs by that
+COMPUTE = (END_STRETCH + "mov ecx, {2}; a{0}: imul eax, eax, 1103515245; add eax, ecx; add [{1}], eax;"
+           "inc dword ptr [{1}+4]; loop a{0};" + END_STRETCH)
+TRAP = "mov ecx, {1}; b{0}: int 0x80; loop b{0};"
+NS_PER_ITERATION = 100
 
 
 @pytest.mark.parametrize("backend", sorted(MAKERS))
@@ -64,36 +70,33 @@ TRAP = "mov ecx, 300; b{0}: int 0x80; loop b{0};"
 def test_a_program_that_computes_and_traps_by_turns(backend: str) -> None:
     """It goes direct and comes back, and ends in the same state as when it is translated throughout."""
     outcomes = []
+    rounds = "".join(COMPUTE.format(2 * n, DATA, ITERATIONS) + COMPUTE.format(2 * n + 1, DATA, ITERATIONS)
+                     + TRAP.format(n, TRAPS) for n in range(3))
     for how in (None, backend):
-        auto = Auto(20_000) if how else None
+        auto = Auto(TRAP_NS) if how else None
         board = user_board(how, auto)
         board.handler(f"inc dword ptr [{COUNTER}]", 0x80, dpl=3)
         board.handler("hlt", UD)
         if auto is not None:
-            _impatient(board)
-        rounds = "".join(COMPUTE.format(n, DATA) + TRAP.format(n) for n in range(3))
+            direct_of(board).clocks = by_progress(board)
         board.run(rounds + "ud2")
         data = board.ram[DATA : DATA + 4096]
         outcomes.append((list(board.regs), board.peek32(COUNTER), data, board.faults))
         if auto is not None:
-            assert auto.went_direct > 1
-            assert auto.came_back > 1
+            assert (auto.went_direct, auto.came_back) == (3, 3)
             counters = direct_of(board).counters()
-            assert counters["user_direct_ms"] != 0
-            assert counters["user_translated_ms"] != 0
+            assert counters["user_translated_ms"] == 3 * ITERATIONS * NS_PER_ITERATION // MS
+            assert counters["user_direct_ms"] == 3 * ITERATIONS * NS_PER_ITERATION // MS
     assert outcomes[0] == outcomes[1]
 
 
-def _impatient(board: Board) -> None:
-    """Nothing but interrupts ends a stretch of computing, and a board has none: a little earns much."""
-    auto = direct_of(board).auto
-    assert auto is not None
-    translated = auto.translated
+def by_progress(board: Board) -> Clocks:
+    """Time passes while the program computes, and for nothing else; the same on every host."""
 
-    def much(pace: Pace, stretch_ns: int, traps: int) -> bool:
-        return translated(pace, 1000 * stretch_ns if stretch_ns > MS else 0, traps)
+    def now() -> int:
+        return board.peek32(DATA + 4) * NS_PER_ITERATION
 
-    auto.translated = much  # type: ignore[method-assign]
+    return Clocks(now, lambda pid: now())
 
 
 @isolated

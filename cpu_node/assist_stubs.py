@@ -20,15 +20,27 @@ import functools
 from typing import NamedTuple
 
 from cpu_node import layout as at
-from cpu_node.descriptor import CS, DS, ES, FS, GS, SS
+from cpu_node import tlb_stubs
+from cpu_node.assist_text import (
+    CODE_SELECTOR,
+    COUNT_ENTRY,
+    LANDED,
+    LANDED_GATE,
+    LANDED_IRET,
+    LANDED_SYSENTER,
+    LANDED_SYSEXIT,
+    RESTORE_FLAGS,
+    SAVE_FLAGS,
+    STACK_SELECTOR,
+    enter_window,
+    same_in_kernel,
+    to_simulator,
+)
+from cpu_node.descriptor import DS, ES, FS, GS
 from cpu_node.flags import NT, RF, TF, VM
 
-LANDED_SYSENTER, LANDED_SYSEXIT, LANDED_IRET, LANDED_GATE = range(1, 5)  # in CHANGED + CS
 INT_LENGTH = 2  # CD ib
 OUTER_SLOTS = {ES: 0, DS: 1, FS: 2, GS: 3}
-_CODE_SELECTOR = at.SELECTORS + 2 * CS
-_STACK_SELECTOR = at.SELECTORS + 2 * SS
-_LANDED = at.CHANGED + CS
 _ENTRY = at.LOADABLE - at.RECORD
 
 
@@ -39,27 +51,6 @@ class AssistImage(NamedTuple):
     tails: tuple[str, str]  # the first two; started again when a signal comes there
     tails_end: str
     flags_from: str
-
-
-def _to_simulator() -> str:
-    return f"""
-        mov rcx, r12
-        mov r13, [r15+{at.WINDOW}]
-        jmp {at.CODE + at.exit_stub(at.EXIT_SIMULATE):#x}"""
-
-
-_SAVE_FLAGS = f"""
-    mov r11, rax
-    lahf
-    seto al
-    mov dword ptr [r15+{at.SAVED_FLAGS}], eax
-    mov rax, r11"""
-_RESTORE_FLAGS = f"""
-    mov r11, rax
-    mov eax, dword ptr [r15+{at.SAVED_FLAGS}]
-    add al, 0x7f
-    sahf
-    mov rax, r11"""
 
 
 def _tail_return() -> str:
@@ -92,7 +83,7 @@ def _fix(restore_flags: bool) -> str:
     return f"""
         mov rcx, r12
         mov r13, [r15+{at.WINDOW}]
-        {_RESTORE_FLAGS if restore_flags else ""}
+        {RESTORE_FLAGS if restore_flags else ""}
         jmp {at.CODE + at.exit_stub(at.EXIT_ASSIST):#x}"""
 
 
@@ -133,7 +124,7 @@ def _load(index: int) -> str:
         lea rcx, [rcx+r13+1]
         jrcxz same
     fail:
-        {_to_simulator()}
+        {to_simulator()}
     same:
         not r13
         mov [r15+{raw}], r13
@@ -147,21 +138,6 @@ def _load(index: int) -> str:
         jmp {{tail_return}}"""
 
 
-def _enter_window(window: int, table: int) -> str:
-    return f"""
-        mov r13, [r15+{window}]
-        mov [r15+{at.WINDOW}], r13
-        wrgsbase r13
-        mov r14, [r15+{table}]
-        mov [r15+{at.TABLE}], r14"""
-
-
-_COUNT_ENTRY = f"""
-        mov rcx, [r15+{at.ENTERED_USER}]
-        lea rcx, [rcx+1]
-        mov [r15+{at.ENTERED_USER}], rcx"""
-
-
 def _sysenter() -> str:
     return f"""
         mov r12, rcx
@@ -169,14 +145,14 @@ def _sysenter() -> str:
         jrcxz fail
         mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0
         mov ecx, dword ptr [r15+{at.SYSENTER_SELECTORS}]
-        mov dword ptr [r15+{_CODE_SELECTOR}], ecx
-        mov byte ptr [r15+{_LANDED}], {LANDED_SYSENTER}
+        mov dword ptr [r15+{CODE_SELECTOR}], ecx
+        mov byte ptr [r15+{LANDED}], {LANDED_SYSENTER}
         mov esp, dword ptr [r15+{at.SYSENTER_ESP}]
         mov r8d, dword ptr [r15+{at.SYSENTER_EIP}]
-        {_enter_window(at.KERNEL_WINDOW, at.KERNEL_TABLE)}
+        {enter_window(at.KERNEL_WINDOW, at.KERNEL_TABLE)}
         jmp {{tail_jump}}
     fail:
-        {_to_simulator()}"""
+        {to_simulator()}"""
 
 
 def _sysexit() -> str:
@@ -187,15 +163,15 @@ def _sysexit() -> str:
         mov rcx, [r15+{at.USER_TABLE}]
         jrcxz fail
         mov ecx, dword ptr [r15+{at.SYSEXIT_SELECTORS}]
-        mov dword ptr [r15+{_CODE_SELECTOR}], ecx
-        mov byte ptr [r15+{_LANDED}], {LANDED_SYSEXIT}
+        mov dword ptr [r15+{CODE_SELECTOR}], ecx
+        mov byte ptr [r15+{LANDED}], {LANDED_SYSEXIT}
         mov esp, r12d
         mov r8d, edx
-        {_enter_window(at.USER_WINDOW, at.USER_TABLE)}
-        {_COUNT_ENTRY}
+        {enter_window(at.USER_WINDOW, at.USER_TABLE)}
+        {COUNT_ENTRY}
         jmp {{tail_jump}}
     fail:
-        {_to_simulator()}"""
+        {to_simulator()}"""
 
 
 def _same_descriptor(va: int, raw: int) -> str:
@@ -210,7 +186,7 @@ def _iret() -> str:
     """IRETD at CPL 0, to CPL 0 or 3, where no system flag but IF changes. RF counts for nothing here."""
     return f"""
         mov r12, rcx
-        {_SAVE_FLAGS}
+        {SAVE_FLAGS}
         cmp dword ptr [r15+{at.RETURN_READY}], 0
         je fail
         test dword ptr [r15+{at.SYSTEM_FLAGS}], {NT | VM | TF}
@@ -228,7 +204,7 @@ def _iret() -> str:
         jne fail
     quiet:
         movzx r9d, r9w
-        cmp r9w, word ptr [r15+{_CODE_SELECTOR}]
+        cmp r9w, word ptr [r15+{CODE_SELECTOR}]
         jne outward
         cmp r9d, dword ptr [r15+{at.KERNEL_CS}]
         jne fail
@@ -236,8 +212,8 @@ def _iret() -> str:
         lea r10d, [rsp+12]
         jmp commit
     fail:
-        {_RESTORE_FLAGS}
-        {_to_simulator()}
+        {RESTORE_FLAGS}
+        {to_simulator()}
     outward:
         cmp r9d, dword ptr [r15+{at.USER_CS}]
         jne fail
@@ -252,13 +228,13 @@ def _iret() -> str:
         cmp qword ptr [r15+{at.USER_TABLE}], 0
         je fail
         mov r10d, dword ptr gs:[esp+12]
-        mov word ptr [r15+{_CODE_SELECTOR}], r9w
+        mov word ptr [r15+{CODE_SELECTOR}], r9w
         mov ecx, dword ptr [r15+{at.USER_SS}]
-        mov word ptr [r15+{_STACK_SELECTOR}], cx
-        mov byte ptr [r15+{_LANDED}], {LANDED_IRET}
+        mov word ptr [r15+{STACK_SELECTOR}], cx
+        mov byte ptr [r15+{LANDED}], {LANDED_IRET}
         mov r8d, r13d
-        {_enter_window(at.USER_WINDOW, at.USER_TABLE)}
-        {_COUNT_ENTRY}
+        {enter_window(at.USER_WINDOW, at.USER_TABLE)}
+        {COUNT_ENTRY}
         mov r13d, r8d
     commit:
         mov r8d, r13d
@@ -275,34 +251,25 @@ def _iret() -> str:
         jmp {{tail_jump}}"""
 
 
-def _same_in_kernel(va: int, raw: int) -> str:
-    """The same for code at CPL 3; r13 is the kernel window."""
-    return f"""
-        mov ecx, dword ptr [r15+{va}]
-        mov rcx, [r13+rcx]
-        cmp rcx, [r15+{raw}]
-        jne fail"""
-
-
 def _int() -> str:
     """INT n at CPL 3 through a gate to CPL 0; r9d is the vector."""
     return f"""
         mov r12, rcx
-        {_SAVE_FLAGS}
-        cmp r9d, dword ptr [r15+{at.GATE_VECTOR}]
+        {SAVE_FLAGS}
+        cmp r9d, dword ptr [r15+{at.INT_GATE + at.GATE_VECTOR}]
         jne fail
         test dword ptr [r15+{at.SYSTEM_FLAGS}], {NT | VM | TF | RF}
         jnz fail
         mov r13, [r15+{at.KERNEL_WINDOW}]
-        {_same_in_kernel(at.GATE_VA, at.GATE_RAW)}
-        {_same_in_kernel(at.GATE_CS_VA, at.GATE_CS_RAW)}
-        {_same_in_kernel(at.GATE_SS_VA, at.GATE_SS_RAW)}
-        mov ecx, dword ptr [r15+{at.GATE_STACK_VA}]
+        {same_in_kernel(at.INT_GATE + at.GATE_VA, at.INT_GATE + at.GATE_RAW)}
+        {same_in_kernel(at.INT_GATE + at.GATE_CS_VA, at.INT_GATE + at.GATE_CS_RAW)}
+        {same_in_kernel(at.INT_GATE + at.GATE_SS_VA, at.INT_GATE + at.GATE_SS_RAW)}
+        mov ecx, dword ptr [r15+{at.INT_GATE + at.GATE_STACK_VA}]
         mov r10d, dword ptr [r13+rcx]
         movzx ecx, word ptr [r13+rcx+4]
-        cmp cx, word ptr [r15+{at.GATE_SELECTORS + 2}]
+        cmp cx, word ptr [r15+{at.INT_GATE + at.GATE_SELECTORS + 2}]
         jne fail
-        {_RESTORE_FLAGS}
+        {RESTORE_FLAGS}
         mov r9, rsp
         mov rsp, [r15+{at.HOST_RSP}]
         pushfq
@@ -314,35 +281,35 @@ def _int() -> str:
         lea r11d, [r11+rcx]
         lea r9d, [r10-20]
         lea rcx, [r13+r9]
-        movzx r10d, word ptr [r15+{_STACK_SELECTOR}]
+        movzx r10d, word ptr [r15+{STACK_SELECTOR}]
         mov dword ptr [rcx+16], r10d
         mov dword ptr [rcx+12], esp
         mov dword ptr [rcx+8], r11d
-        movzx r10d, word ptr [r15+{_CODE_SELECTOR}]
+        movzx r10d, word ptr [r15+{CODE_SELECTOR}]
         mov dword ptr [rcx+4], r10d
         lea r10d, [r8+{INT_LENGTH}]
         mov dword ptr [rcx], r10d
-        mov ecx, dword ptr [r15+{at.GATE_CLEARS_IF}]
+        mov ecx, dword ptr [r15+{at.INT_GATE + at.GATE_CLEARS_IF}]
         jrcxz trap
         mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0
     trap:
-        mov ecx, dword ptr [r15+{at.GATE_SELECTORS}]
-        mov dword ptr [r15+{_CODE_SELECTOR}], ecx
-        mov byte ptr [r15+{_LANDED}], {LANDED_GATE}
+        mov ecx, dword ptr [r15+{at.INT_GATE + at.GATE_SELECTORS}]
+        mov dword ptr [r15+{CODE_SELECTOR}], ecx
+        mov byte ptr [r15+{LANDED}], {LANDED_GATE}
         mov esp, r9d
-        mov r8d, dword ptr [r15+{at.GATE_EIP}]
-        {_enter_window(at.KERNEL_WINDOW, at.KERNEL_TABLE)}
+        mov r8d, dword ptr [r15+{at.INT_GATE + at.GATE_EIP}]
+        {enter_window(at.KERNEL_WINDOW, at.KERNEL_TABLE)}
         jmp {{tail_jump}}
     fail:
-        {_RESTORE_FLAGS}
-        {_to_simulator()}"""
+        {RESTORE_FLAGS}
+        {to_simulator()}"""
 
 
 def _invlpg() -> str:
     """INVLPG of a page from which nothing was derived; r9d is the linear address."""
     return f"""
         mov r12, rcx
-        {_SAVE_FLAGS}
+        {SAVE_FLAGS}
         shr r9d, 12
         mov r13, [r15+{at.TOUCHED_BY_SPACE}]
         cmp byte ptr [r13+r9], 0
@@ -350,12 +317,13 @@ def _invlpg() -> str:
         mov r13, [r15+{at.TOUCHED_BY_KERNEL}]
         cmp byte ptr [r13+r9], 0
         jne fail
+        {tlb_stubs.drop()}
         mov r13, [r15+{at.WINDOW}]
-        {_RESTORE_FLAGS}
+        {RESTORE_FLAGS}
         jmp {{tail_return}}
     fail:
-        {_RESTORE_FLAGS}
-        {_to_simulator()}"""
+        {RESTORE_FLAGS}
+        {to_simulator()}"""
 
 
 @functools.cache
@@ -368,6 +336,7 @@ def assist_image() -> AssistImage:
             ("es", _load(ES)), ("ds", _load(DS)), ("fs", _load(FS)), ("gs", _load(GS)),
             ("sysenter", _sysenter()), ("sysexit", _sysexit()),
             ("iret", _iret()), ("invlpg", _invlpg()), ("int", _int()),
+            ("tlb_read", tlb_stubs.miss(False)), ("tlb_write", tlb_stubs.miss(True)),
         ),
         ("tail_return", "tail_jump"),
         "fix",

@@ -11,15 +11,8 @@ from __future__ import annotations
 from cpu_node import descriptor
 from cpu_node import layout as at
 from cpu_node import mode as modes
-from cpu_node.assist_stubs import (
-    ASSIST_NAMES,
-    LANDED_GATE,
-    LANDED_IRET,
-    LANDED_SYSENTER,
-    LANDED_SYSEXIT,
-    OUTER_SLOTS,
-    assist_slot,
-)
+from cpu_node.assist_stubs import ASSIST_NAMES, OUTER_SLOTS, assist_slot
+from cpu_node.assist_text import LANDED_FAULT, LANDED_GATE, LANDED_IRET, LANDED_SYSENTER, LANDED_SYSEXIT
 from cpu_node.contexts import Contexts
 from cpu_node.cpu import CR0_PE, Cpu
 from cpu_node.descriptor import (
@@ -35,6 +28,7 @@ from cpu_node.descriptor import (
     null,
     parse,
 )
+from cpu_node.errors import PF
 from cpu_node.far import CODE32_RING0, CODE32_RING3, DATA32_RING0, DATA32_RING3
 from cpu_node.flags import VM
 from cpu_node.record_unsafe import Record
@@ -76,7 +70,7 @@ class Assists:
         tables = (cpu.idt_base, cpu.idt_limit, *self._gdt, cpu.tr)
         if tables != self._gate_tables:
             self._gate_tables = tables
-            d[at.GATE_VECTOR // 4] = NO_VECTOR
+            self._forget_gates()
         q[at.TOUCHED_BY_KERNEL // 8] = self.contexts.kernel_touched.ha
         if mode & modes.INTERPRETED:
             self.modes = {}
@@ -96,7 +90,11 @@ class Assists:
         self._refresh_return()
         if mode & modes.WATCHED:  # breakpoints and RF are the simulator's
             q[at.SYSENTER_READY // 8] = d[at.RETURN_READY // 4] = 0
-            d[at.GATE_VECTOR // 4] = NO_VECTOR
+            self._forget_gates()
+
+    def _forget_gates(self) -> None:
+        self.record.d[(at.INT_GATE + at.GATE_VECTOR) // 4] = NO_VECTOR
+        self.record.d[(at.FAULT_GATE + at.GATE_VECTOR) // 4] = NO_VECTOR
 
     def _enter_space(self) -> None:
         """Windows and tables of the current space, in the current mode at both levels."""
@@ -106,9 +104,10 @@ class Assists:
         q[at.KERNEL_WINDOW // 8] = space.kernel.ha
         q[at.TOUCHED_BY_SPACE // 8] = space.touched.ha
         q[at.KERNEL_TABLE // 8] = contexts.table_of(self.modes[0]).ha
-        table = contexts.user_table_if_any(self.modes[3])
+        mode = self.modes[3] = contexts.softened(self.modes[3])
+        table = contexts.user_table_if_any(mode)
         q[at.USER_TABLE // 8] = table.ha if table else 0
-        q[at.USER_WINDOW // 8] = space.user.ha if table else 0
+        q[at.USER_WINDOW // 8] = at.TLB_READ if mode & modes.SOFT else space.user.ha if table else 0
 
     def same_but_for(self, cpl: int, space: bool) -> bool:
         """Only the level changed, to `cpl`, and perhaps the space; False where `refresh` must do it."""
@@ -179,7 +178,7 @@ class Assists:
         self._known.append(selector)
 
     def interrupted(self, vector: int, cpl: int) -> None:
-        """The simulator delivered INT n: the next one may be assisted."""
+        """INT n or #PF was delivered by Python: the next one may be assisted."""
         cpu, d, q = self.cpu, self.record.d, self.record.q
         code, stack = cpu.seg[CS], cpu.seg[SS]
         if cpl != 3 or cpu.cpl or not cpu.protected:
@@ -194,14 +193,19 @@ class Assists:
             return
         if places[0] is None or places[1] is None or code.conforming or not (code.raw and stack.raw):
             return
-        d[at.GATE_VECTOR // 4], d[at.GATE_VA // 4], d[at.GATE_EIP // 4] = vector, entry_va, entry.offset
-        d[at.GATE_CS_VA // 4], d[at.GATE_SS_VA // 4] = places[0][0], places[1][0]
-        d[at.GATE_STACK_VA // 4] = cpu.tr.base + 4 & 0xFFFFFFFF
-        d[at.GATE_SELECTORS // 4] = code.selector | stack.selector << 16
-        d[at.GATE_CLEARS_IF // 4] = entry.type == INTERRUPT_GATE32
-        q[at.GATE_RAW // 8] = raw_gate
-        q[at.GATE_CS_RAW // 8], q[at.GATE_SS_RAW // 8] = code.raw, stack.raw
-        self._landings[LANDED_GATE] = (code, stack, 0)
+        if entry.offset != cpu.eip:
+            return  # another exception came of it
+        block, landed = (at.FAULT_GATE, LANDED_FAULT) if vector == PF else (at.INT_GATE, LANDED_GATE)
+        dword, qword = block // 4, block // 8
+        d[dword + at.GATE_VECTOR // 4], d[dword + at.GATE_VA // 4] = vector, entry_va
+        d[dword + at.GATE_EIP // 4] = entry.offset
+        d[dword + at.GATE_CS_VA // 4], d[dword + at.GATE_SS_VA // 4] = places[0][0], places[1][0]
+        d[dword + at.GATE_STACK_VA // 4] = cpu.tr.base + 4 & 0xFFFFFFFF
+        d[dword + at.GATE_SELECTORS // 4] = code.selector | stack.selector << 16
+        d[dword + at.GATE_CLEARS_IF // 4] = entry.type == INTERRUPT_GATE32
+        q[qword + at.GATE_RAW // 8] = raw_gate
+        q[qword + at.GATE_CS_RAW // 8], q[qword + at.GATE_SS_RAW // 8] = code.raw, stack.raw
+        self._landings[landed] = (code, stack, 0)
 
     def forget_selectors(self) -> None:
         """The GDT is another."""

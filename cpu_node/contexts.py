@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from contextlib import suppress
 from enum import Enum, auto
 
+from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
 from cpu_node.code_pages import CodePages
@@ -17,7 +18,8 @@ from cpu_node.decode import MAX_LENGTH, decode
 from cpu_node.dispatch import Table
 from cpu_node.errors import UD, GuestFault
 from cpu_node.line import PADDING, PAGE, Line, page_line, single_line
-from cpu_node.paging import FRAME, PS, US, P, PhysicalMemory, Walker
+from cpu_node.paging import FRAME, PS, RW, US, D, P, PhysicalMemory, Walker
+from cpu_node.tlb import Tlb
 from cpu_node.touched import KERNEL_CODE, Touched
 from cpu_node.watch import Watch, claims_more
 from cpu_node.window import Space, Window
@@ -44,12 +46,14 @@ class Filled(Enum):
 class Contexts:
     """All spaces, tables and lines of one CPU."""
 
-    def __init__(self, ram_fd: int, memory: PhysicalMemory, walker: Walker) -> None:
+    def __init__(self, ram_fd: int, memory: PhysicalMemory, walker: Walker, tlb: Tlb) -> None:
         self.ram_fd = ram_fd
         self.memory = memory
         self.walker = walker
         self.cache = CodeCache()
-        self.code = CodePages()
+        self.tlb = tlb
+        self.soft = False  # new spaces use the TLB
+        self.code = CodePages(tlb)
         self.max_spaces = MAX_SPACES
         self.max_mappings = MAX_MAPPINGS
         self.count_every = self._until_count = COUNT_EVERY
@@ -62,6 +66,7 @@ class Contexts:
         self.writes: Counter[int] = Counter()  # physical page -> writes to it while it held code
         self.device_sites: Counter[tuple[int, int]] = Counter()  # (physical page, offset) -> device accesses
         self.fills = 0
+        self.flushes = 0
         self._kernel_cr3: int | None = None
         self.mode = 0
         self.space = self._space()
@@ -76,6 +81,7 @@ class Contexts:
             self._make_room()
             space = self.spaces[key] = Space(key[0], self.ram_fd, self.memory, self.code)
             space.hidden = self.hidden
+            space.soft = self.soft and self.walker.paging
         self.spaces.move_to_end(key)
         self.walker.touched = space.touched
         return space
@@ -122,11 +128,19 @@ class Contexts:
     def enter(self, mode: int, user: bool) -> tuple[int, int]:
         """(window, dispatch table), host addresses, for a mode in the current space."""
         self.mode = mode
-        window = self.space.user if user else self.space.kernel
-        if mode & modes.INTERPRETED:
-            return window.ha, self.table.ha
-        self.table = self.table_of(mode)
-        return window.ha, self.table.ha
+        if mode & modes.SOFT:
+            ha = at.TLB_READ
+        else:
+            ha = self.space.user.ha if user else self.space.kernel.ha
+        if not mode & modes.INTERPRETED:
+            self.table = self.table_of(mode)
+        return ha, self.table.ha
+
+    def softened(self, mode: int) -> int:
+        """The same mode, with SOFT where the current space's user code uses the TLB."""
+        if self.space.soft and mode & modes.USER and not mode & (modes.INTERPRETED | modes.WATCHED):
+            return mode | modes.SOFT
+        return mode & ~modes.SOFT
 
     def user_table_if_any(self, mode: int) -> Table | None:
         """The same for CPL 3, if it was used already."""
@@ -134,6 +148,8 @@ class Contexts:
 
     def flush(self) -> None:
         """A TLB flush: CR3, or paging in CR0 or CR4, was written; enter the space it selects."""
+        self.tlb.flush()
+        self.flushes += 1
         self.space = self._space()
         self._resync(self.space)
         cr3 = self.space.cr3
@@ -176,6 +192,7 @@ class Contexts:
 
     def configuration_changed(self) -> None:
         """CR0.WP or CR4.PSE changed: nothing may be kept that was derived from page tables."""
+        self.tlb.flush()
         for space in self.spaces.values():
             for window in space.windows:
                 window.clear()
@@ -187,6 +204,7 @@ class Contexts:
     def invlpg(self, va: int) -> None:
         """Forget one page wherever it is cached, unless the page tables still say the same."""
         space, va_page = self.space, va >> 12
+        self.tlb.drop(va_page)
         if space.touched.pages[va_page]:
             dropped = space.invlpg(va)
             tables = [*space.tables.values()]
@@ -349,19 +367,13 @@ class Contexts:
 
     def _register(self, line: Line) -> None:
         for pa_page in line.pa_pages:
-            lines = self.code.lines.get(pa_page)
-            if lines is None:
-                self.code.lines[pa_page] = {line}
-                if pa_page not in self.code.mixed:
-                    self.code.protect(pa_page)
-                    self._changed_windows(len(self.spaces))
-            else:
-                lines.add(line)
+            if self.code.add(pa_page, line):
+                self._changed_windows(len(self.spaces))
 
     def code_written(self, pa_page: int) -> None:
         """Bytes of a page that holds code change: its translations are void."""
-        lines = self.code.lines.pop(pa_page, None)
-        if lines is None:
+        lines = self.code.remove(pa_page)
+        if not lines:
             return
         for line in lines:
             assert isinstance(line, Line)
@@ -395,8 +407,8 @@ class Contexts:
         self.cache.flush()
         for table in self.all_tables():
             table.clear()
-        self.code.lines.clear()
-        self.code.mixed.clear()
+        self.tlb.forget_sites()
+        self.code.clear()
         self.writes.clear()
         self.device_sites.clear()
 
@@ -433,11 +445,23 @@ class Contexts:
         walked = self.walker.walk(va, write, user)
         if self.hidden and (va >> 12 in self.hidden or (walked[3] == 1 << 22 and self.space.hides(va >> 22))):
             return Filled.HIDDEN
-        filled = Filled.MAPPED
-        if write:
-            pa_page = walked[0] >> 12
-            if pa_page in self.code.lines and pa_page not in self.code.mixed:
-                if line is None or pa_page in line.pa_pages:
-                    filled = Filled.OWN_PAGE
-                self.code_written(pa_page)
+        filled = self._may_write(walked[0] >> 12, line) if write else Filled.MAPPED
         return filled if self.space.fill(self.walker, va, write, user, walked) else Filled.NO_MEMORY
+
+    def fill_tlb(self, va: int, write: bool, line: Line | None) -> Filled:
+        """The same for the TLB and an access at CPL 3. Raises GuestFault."""
+        pa, entry, _, _ = self.walker.walk(va, write, True)
+        if pa >= self.memory.size:
+            return Filled.NO_MEMORY
+        filled = self._may_write(pa >> 12, line) if write else Filled.MAPPED
+        writable = entry & D and entry & RW and not self.code.protected(pa >> 12)
+        self.tlb.enter(va, pa, bool(writable))
+        return filled
+
+    def _may_write(self, pa_page: int, line: Line | None) -> Filled:
+        """A write to a page is due: its code is void."""
+        if not self.code.protected(pa_page):
+            return Filled.MAPPED
+        own = line is None or pa_page in line.pa_pages
+        self.code_written(pa_page)
+        return Filled.OWN_PAGE if own else Filled.MAPPED

@@ -31,7 +31,7 @@ from cpu_node.cpu import (
 )
 from cpu_node.describe import describe_instruction
 from cpu_node.descriptor import CS, FS, GS, parse
-from cpu_node.errors import DB, UD, GuestFault
+from cpu_node.errors import DB, PF, UD, GuestFault
 from cpu_node.flags import AC, OF, RF, TF
 from cpu_node.interrupts import Interrupts
 from cpu_node.line import PAGE, Line
@@ -40,6 +40,7 @@ from cpu_node.record_unsafe import Record
 from cpu_node.rollback import roll_back
 from cpu_node.simulate import Simulator, handler_of
 from cpu_node.single import Single, guest_fault
+from cpu_node.tlb import Tlb
 
 if TYPE_CHECKING:
     from cpu_node.cpuid import CpuModel
@@ -70,7 +71,8 @@ class Engine:
         self.record = Record()
         self.physical = PhysicalMemory(ram)
         self.walker = Walker(self.physical)
-        self.contexts = Contexts(ram_fd, self.physical, self.walker)
+        tlb = Tlb(self.record, ram_fd, self.physical.size)
+        self.contexts = Contexts(ram_fd, self.physical, self.walker, tlb)
         self.memory = GuestMemory(self.walker, self.contexts.code.lines, self._code_written,
                                   self._mmio_read, self._mmio_write)
         self.cpu = Cpu(self.record, self.memory, self, model)
@@ -211,7 +213,7 @@ class Engine:
                         or (d[system_flags] & _SPECIAL_FLAGS and self._needs_steps())):
                     self.interpreted()
                     continue
-                if direct is not None and self.mode == modes.USER and direct.run():
+                if direct is not None and self.mode & ~modes.SOFT == modes.USER and direct.run():
                     continue
                 if self._traced and cpu.eip >> 12 in self._traced:
                     self.interpreted()
@@ -260,14 +262,20 @@ class Engine:
 
     def _handlers(self) -> dict[int, Callable[[], None]]:
         return {at.EXIT_STALE: self._stale, at.EXIT_FAULT: self._host_fault, at.EXIT_SIGNAL: self._signal,
-                at.EXIT_UNENTERED: lambda: None, at.EXIT_ASSIST: self._assist_fault}
+                at.EXIT_UNENTERED: lambda: None, at.EXIT_ASSIST: self._assist_fault,
+                at.EXIT_TLB: self._tlb_miss}
 
     def fault(self, fault: GuestFault) -> None:
         """Deliver an exception of the instruction at cpu.eip."""
         self.cpu.pending_debug = 0
         if fault.vector == UD:
             self.report("bad-opcode", "#UD")
+        page_fault = fault.vector == PF and self.cpu.cpl == 3
         gates.deliver_fault(self.cpu, fault)
+        if page_fault:
+            self.record.q[at.PAGE_FAULTS // 8] += 1
+            if self.mode & modes.SOFT:
+                self.assists.interrupted(PF, 3)
 
     def interpreted(self) -> None:
         """One instruction in the simulator, with the debug facilities."""
@@ -374,6 +382,24 @@ class Engine:
             if filled is Filled.NO_MEMORY:
                 contexts.device_access(line, start)
 
+    def _tlb_miss(self) -> None:
+        """A miss that tlb_stubs.py leaves to Python."""
+        record, cpu, contexts = self.record, self.cpu, self.contexts
+        d, rip = record.d, record.q[at.FAULT_RIP // 8]
+        line, cpu.eip = roll_back(record, contexts.cache, rip)
+        contexts.tlb.learn(rip, cpu.eip)
+        va, write = d[at.TLB_VA // 4], bool(d[at.TLB_IS_WRITE // 4])
+        last = va + d[at.TLB_LAST // 4] & 0xFFFFFFFF
+        filled = contexts.fill_tlb(va, write, line)
+        if last >> 12 != va >> 12:
+            contexts.fill_tlb(last & ~0xFFF, write, line)
+        elif filled is Filled.MAPPED:
+            return
+        start = cpu.eip
+        self._simulate()
+        if filled is Filled.NO_MEMORY:
+            contexts.device_access(line, start)
+
     # ---- mode and context
 
     def _set_mode(self) -> None:
@@ -381,7 +407,7 @@ class Engine:
         dirty, self._dirty = self._dirty, 0
         cpl = self.cpu.cpl
         known = None if dirty & _MODE or self.direct is not None else self.assists.modes.get(cpl)
-        mode = self.mode = modes.of(self.cpu, cpl) if known is None else known
+        mode = self.mode = self.contexts.softened(modes.of(self.cpu, cpl) if known is None else known)
         if mode & modes.WATCHED or self._traced or self.contexts.hidden:
             data, self._traced = self.breakpoints.pages() if mode & modes.WATCHED else (_NONE, _NONE)
             self.contexts.hide(data, self._traced)

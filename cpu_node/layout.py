@@ -23,6 +23,17 @@ TRANSLATOR_SIZE = 16 << 20
 WINDOWS = 0x3000_0000_0000  # 4 GiB each, followed and preceded by 4 GiB that fault
 WINDOW_STRIDE = 8 << 30
 WINDOW_COUNT = 2048
+# What the software TLB (tlb.py) keeps lies near the record, but for its two tables of a qword for each page.
+GUARDED = RECORD + 0x200_0000  # a byte for each physical page: not 0 where writes must be noticed
+GUARDED_SIZE = 1 << 20
+TLB_PAGES = RECORD + 0x220_0000  # dwords, TLB_COUNT of them: linear pages that have an entry
+TLB_PAGES_MAX = 1 << 14
+TLB_SITES = RECORD + 0x240_0000  # 16 bytes each: host address of a probe, EIP of its instruction
+TLB_SITES_COUNT = 1 << 14
+TLB_READ = 0x2500_0000_0000
+TLB_WRITE = TLB_READ + 0x80_0000
+TLB_SIZE = 0x100_0000  # of both
+RAM = 0x2600_0000_0000  # guest memory as it is, at most 4 GiB
 TOUCHED = 0x2140_0000_0000  # maps of touched.py, one for each window
 TOUCHED_SIZE = 1 << 20
 TABLES = 0x4000_0000_0000  # dispatch tables: 8 bytes for each guest address
@@ -87,20 +98,32 @@ USER_SS_VA = 0x418
 KERNEL_CS_RAW = 0x420
 USER_CS_RAW = 0x428
 USER_SS_RAW = 0x430
-GATE_VECTOR = 0x438  # dword, the software interrupt that is known
-GATE_VA = 0x43C
-GATE_RAW = 0x440
-GATE_CS_VA = 0x448
-GATE_SS_VA = 0x44C
-GATE_CS_RAW = 0x450
-GATE_SS_RAW = 0x458
-GATE_EIP = 0x460
-GATE_STACK_VA = 0x464  # of ESP0 and SS0 in the TSS
-GATE_SELECTORS = 0x468  # CS and SS, words
-GATE_CLEARS_IF = 0x46C  # dword, 0 for a trap gate
+INT_GATE = 0x438  # GATE_* of the software interrupt that is known
 TOUCHED_BY_SPACE = 0x470  # address of the current space's map of touched.py
 TOUCHED_BY_KERNEL = 0x478
 ASSISTS = 0x480  # addresses of the assist stubs
+FAULT_GATE = 0x600  # GATE_* of #PF
+TLB_COUNT = 0x640  # dword
+TLB_VA = 0x644  # dword, of the access that missed
+TLB_LAST = 0x648  # dword, its size - 1
+TLB_IS_WRITE = 0x64C  # dword
+TLB_CR2 = 0x650  # dword, the address that #PF is about
+RAM_SIZE = 0x658  # qword
+TLB_FILLS = 0x660  # qword, counts entries made
+PAGE_FAULTS = 0x668  # qword, counts #PF of code at CPL 3
+
+# Offsets in the facts about a gate to CPL 0, INT_GATE or FAULT_GATE.
+GATE_VECTOR = 0x00  # dword
+GATE_VA = 0x04  # linear address of the gate
+GATE_RAW = 0x08
+GATE_CS_VA = 0x10
+GATE_SS_VA = 0x14
+GATE_CS_RAW = 0x18
+GATE_SS_RAW = 0x20
+GATE_EIP = 0x28
+GATE_STACK_VA = 0x2C  # of ESP0 and SS0 in the TSS
+GATE_SELECTORS = 0x30  # CS and SS, words
+GATE_CLEARS_IF = 0x34  # dword, 0 for a trap gate
 
 # Offsets in an entry of LOADABLE.
 SELECTOR_PLAIN = 0  # dword: 1 may be loaded into FS and GS at CPL 0, 2 is null, 0 not known
@@ -123,8 +146,9 @@ OTHER_FLAGS = 0x3F7100  # in SYSTEM_FLAGS: TF IOPL NT RF VM AC VIF VIP ID
     EXIT_SIGNAL,  # SIGALRM at FAULT_RIP
     EXIT_UNENTERED,  # SIGALRM before the first guest instruction
     EXIT_ASSIST,  # a host fault at FAULT_ADDRESS in an assist for the instruction at EIP
-) = range(1, 9)
-EXIT_NAMES = ("", "chain", "indirect", "simulate", "stale", "fault", "signal", "unentered", "assist")
+    EXIT_TLB,  # no entry for the access of TLB_VA; the probe is at FAULT_RIP
+) = range(1, 10)
+EXIT_NAMES = ("", "chain", "indirect", "simulate", "stale", "fault", "signal", "unentered", "assist", "tlb")
 
 # Stubs, offsets in CODE.
 STUB_ENTER = 0x000
@@ -133,6 +157,7 @@ STUB_EXIT = 0x300  # + 0x20 * reason
 STUB_HANDLER = 0x500
 STUB_RESTORER = 0x700
 STUB_RDTSC = 0x720
+STUB_TLB_FLUSH = 0x740
 STUB_ASSISTS = 0x800  # up to CODE_FIRST
 
 

@@ -22,9 +22,11 @@ STACK16 = 0x20  # SS.B clear
 NOT_FLAT = 0x40  # CS, SS, DS or ES has a base or a limit
 STEP = 0x80  # real or virtual-8086 mode, CPL 1 and 2, breakpoints without paging
 WATCHED = 0x100  # breakpoints are armed: their pages are left to the simulator
+SOFT = 0x200  # data by way of the software TLB (tlb.py) instead of a window; CPL 3 only
 INTERPRETED = CODE16 | STACK16 | NOT_FLAT | STEP  # no translation in this mode: the simulator runs it
 
-FLAG_NAMES = ("user", "no-fpu", "no-sse", "tsc", "code16", "stack16", "not-flat", "step", "watched")
+FLAG_NAMES = ("user", "no-fpu", "no-sse", "tsc", "code16", "stack16", "not-flat", "step", "watched",
+              "soft")
 
 
 _TS_EM, _OSFXSR, _TSD, _PE, _PG = 0x0C, 0x200, 0x04, 0x01, 0x8000_0000  # of CR0, CR4, CR4, CR0, CR0

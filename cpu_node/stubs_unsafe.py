@@ -15,6 +15,7 @@ from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
+from cpu_node import tlb_stubs
 from cpu_node.assist_stubs import assist_image
 
 _REGS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
@@ -59,7 +60,7 @@ def _leave() -> str:
 
 
 def _exit(reason: int) -> str:
-    keep_eip = reason in (at.EXIT_FAULT, at.EXIT_SIGNAL, at.EXIT_UNENTERED)
+    keep_eip = reason in (at.EXIT_FAULT, at.EXIT_SIGNAL, at.EXIT_UNENTERED, at.EXIT_TLB)
     store = "" if keep_eip else f"mov dword ptr [r15+{at.EIP}], r8d\n"
     return f"{store}mov dword ptr [r15+{at.REASON}], {reason}\njmp {at.CODE + at.STUB_LEAVE:#x}"
 
@@ -170,6 +171,7 @@ def stub_image() -> bytes:
         (at.STUB_LEAVE, _leave()),
         (at.STUB_HANDLER, _handler(offsets, image.flags_from, image.tails_end)),
         (at.STUB_RESTORER, "mov eax, 15\nsyscall"),
+        (at.STUB_TLB_FLUSH, tlb_stubs.flush()),
         (at.STUB_RDTSC, "rdtsc\nshl rdx, 32\nor rax, rdx\nret"),
         *((at.exit_stub(reason), _exit(reason)) for reason in range(1, len(at.EXIT_NAMES))),
     ]

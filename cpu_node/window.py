@@ -229,6 +229,7 @@ class Space:
         self._user: Window | None = None
         self.direct: Window | None = None  # of the process in which user code runs directly
         self.pace = Pace()
+        self.soft = False  # user code uses the TLB (tlb.py), not a window
         self._ram_fd = ram_fd
         self.touched = Touched(self.kernel.index)
         self.tables: dict[int, Table] = {}  # dispatch tables of user code, by mode

@@ -14,11 +14,12 @@ from collections.abc import Iterable
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.fast_unsafe import FastTranslator
 from cpu_node.kept import MAX_CODE, Key, key_of, pack, take_over
 from cpu_node.line import Chunk, Line
 from cpu_node.store import Store
-from cpu_node.translate import Translation, renew, translate
+from cpu_node.translate import Translation, leaf_at, renew, translate
 
 SINGLE = at.CODE_FIRST  # 4 KiB for one instruction at a time (single.py)
 FIRST = at.CODE_FIRST + 0x1000
@@ -53,9 +54,7 @@ class CodeCache:
 
     def translate(self, line: Line, offset: int) -> Translation:
         """Translate from an offset that has no host code yet."""
-        templates = self.templates.get(line.mode)
-        if templates is None:
-            templates = self.templates[line.mode] = Templates(line.mode)
+        templates = self._templates(line)
         position = self.position
         if self._fast.takes(line):
             made = self._fast.translate(line, offset, templates, position, self.code)
@@ -72,6 +71,16 @@ class CodeCache:
         self.instructions += len(made.chunk.hosts)
         self.translations += 1
         return made
+
+    def _templates(self, line: Line) -> Templates:
+        templates = self.templates.get(line.mode)
+        if templates is None:
+            templates = self.templates[line.mode] = templates_of(line.mode)
+        return templates
+
+    def function_of(self, line: Line, offset: int) -> object:
+        """What of the template of an instruction is more than bytes, or is None."""
+        return leaf_at(self._templates(line), line.code, offset)[4]
 
     def renew(self, line: Line, offset: int, text: bytes) -> bool:
         """An instruction of a verifying line is now `text`: put that in its place, if it fits there."""

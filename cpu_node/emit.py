@@ -53,11 +53,12 @@ from cpu_node.stubs_unsafe import assemble
 
 LEA_RSI, LEA_RDI = b"\x4a\x8d\x34\x2e", b"\x4a\x8d\x3c\x2f"  # lea rsi, [rsi+r13]
 CUT_ESI, CUT_EDI = b"\x89\xf6", b"\x89\xff"
-_SEGMENT_NUMBER = {"ES": 0, "CS": 1, "SS": 2, "DS": 3, "FS": 4, "GS": 5}
+SEGMENT_NUMBER = {"ES": 0, "CS": 1, "SS": 2, "DS": 3, "FS": 4, "GS": 5}
 _USER_OTHER = 0x24_4100  # what POPF at CPL 3 may change of the system flags: TF NT AC ID
 
 
-def _popf(user: bool) -> Function:
+def popf(user: bool, load: str = "mov r9d, gs:[esp]") -> Function:
+    """Host code of POPF; `load` gets the flags into r9d."""
     keep_if = "" if user else f"mov dword ptr [r15+{at.INTERRUPT_FLAG}], r8d"
     check_if = "" if user else f"""test r8d, r8d
         jz fine
@@ -65,7 +66,7 @@ def _popf(user: bool) -> Function:
         jne simulate
     fine:"""
     code = with_va(f"""
-        mov r9d, gs:[esp]
+        {load}
         mov r8d, r9d
         and r8d, 0x200
         mov r11d, r9d
@@ -90,7 +91,7 @@ def _popf(user: bool) -> Function:
     return lambda page, offset, va: code(page, offset, va)[:-1] + POPPED
 
 
-_PUSHF = assemble(
+PUSHF = assemble(
     f"""
     mov r10, rsp
     mov rsp, [r15+{at.HOST_RSP}]
@@ -116,7 +117,7 @@ fine:
     mov ecx, r9d
     mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0x200
 """)
-_POPF_KERNEL, _POPF_USER = _popf(False), _popf(True)
+_POPF_KERNEL, _POPF_USER = popf(False), popf(True)
 STI_ECX_IN_R9 = (3, len(_STI(b"", 0, 0)) - 11)  # host bytes between which ECX is in r9d (rollback.py)
 _PUSHA = b"".join(WINDOW + bytes((0x89, 0x44 | r << 3, 0x24, 0x100 - 4 * (r + 1))) for r in range(8))
 _POPA = b"".join(WINDOW + bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))) for r in range(7, -1, -1) if r != 4)
@@ -207,7 +208,7 @@ class Templates:
                                           insn.imm_at, insn.imm_size))
 
     @staticmethod
-    def _is_segmented(insn: Insn) -> bool:
+    def is_segmented(insn: Insn) -> bool:
         return insn.segment in (FS, GS)
 
     def _load_r8(self, insn: Insn) -> bytes:
@@ -225,7 +226,7 @@ class Templates:
             return self._make(insn, head + op)
         if not insn.is_memory:
             return self._make(insn, head + op + bytes((insn.modrm,)))
-        if self._is_segmented(insn):
+        if self.is_segmented(insn):
             if "Gb" in row.operands and insn.reg >= 4:
                 return self._simulate(insn)  # AH..BH can't be named with the REX prefix that r8 needs
             gs = WINDOW if row.action == "bitstring" else b"\x65"  # its bit may lie 256 MiB from r8
@@ -275,21 +276,21 @@ class Templates:
     def _pushm(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._simulate(insn)
-        if insn.is_memory and self._is_segmented(insn):
+        if insn.is_memory and self.is_segmented(insn):
             return self._segmented(insn, b"\x65\x45\x8b\x00" + STORE_R8 + PUSHED)
         return self._make(insn, self._load_r8(insn), STORE_R8 + PUSHED)
 
     def _popm(self, insn: Insn) -> Leaf:
         if not insn.is_memory:
             return self._pop(insn, insn.rm)
-        if insn.opsize16 or insn.base == 4 or self._is_segmented(insn):
+        if insn.opsize16 or insn.base == 4 or self.is_segmented(insn):
             return self._simulate(insn)
         return self._make(insn, LOAD_TOP + WINDOW + b"\x44\x89" + modrm_bytes(insn, 0), POPPED)
 
     def _pushseg(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._simulate(insn)
-        slot = at.SELECTORS + 2 * _SEGMENT_NUMBER[insn.row.operands[0]]
+        slot = at.SELECTORS + 2 * SEGMENT_NUMBER[insn.row.operands[0]]
         return self._make(insn, bytes((0x45, 0x0F, 0xB7, 0x47, slot)) + STORE_R8 + PUSHED)
 
     def _movfromseg(self, insn: Insn) -> Leaf:
@@ -297,7 +298,7 @@ class Templates:
             return self._stop(insn)
         slot = at.SELECTORS + 2 * insn.reg
         if insn.is_memory:
-            if self._is_segmented(insn):
+            if self.is_segmented(insn):
                 return self._simulate(insn)
             load = bytes((0x45, 0x0F, 0xB7, 0x47, slot))
             return self._make(insn, load + WINDOW + b"\x66\x44\x89" + modrm_bytes(insn, 0))
@@ -312,7 +313,7 @@ class Templates:
         return self._simulate(insn) if insn.opsize16 else self._make(insn, _POPA + b"\x8d\x64\x24\x20")
 
     def _pushf(self, insn: Insn) -> Leaf:
-        return self._simulate(insn) if insn.opsize16 else self._make(insn, _PUSHF + STORE_R8 + PUSHED)
+        return self._simulate(insn) if insn.opsize16 else self._make(insn, PUSHF + STORE_R8 + PUSHED)
 
     def _popf(self, insn: Insn) -> Leaf:
         if insn.opsize16:
@@ -332,7 +333,7 @@ class Templates:
 
     def _moffs(self, insn: Insn) -> Leaf:
         op = bytes((insn.row.opcode + (0x8A - 0xA0 if insn.row.opcode < 0xA2 else 0x88 - 0xA2),))
-        if self._is_segmented(insn):
+        if self.is_segmented(insn):
             return self._segmented(insn, b"\x65" + legacy(insn) + b"\x41" + op + b"\x00")
         return self._make(insn, WINDOW + legacy(insn) + op + b"\x04\x25")
 
@@ -340,17 +341,17 @@ class Templates:
         op = insn.row.opcode
         source = op not in (0xAA, 0xAB, 0xAE, 0xAF)
         target = op not in (0xAC, 0xAD)
-        if source and self._is_segmented(insn):
+        if source and self.is_segmented(insn):
             return self._simulate(insn)
         before = (LEA_RSI if source else b"") + (LEA_RDI if target else b"")
         after = (CUT_ESI if source else b"") + (CUT_EDI if target else b"")
         return self._make(insn, before + legacy(insn) + bytes((op,)) + after)
 
     def _xlat(self, insn: Insn) -> Leaf:
-        return self._simulate(insn) if self._is_segmented(insn) else self._make(insn, WINDOW + b"\xd7")
+        return self._simulate(insn) if self.is_segmented(insn) else self._make(insn, WINDOW + b"\xd7")
 
     def _maskmov(self, insn: Insn) -> Leaf:
-        if self._is_segmented(insn):
+        if self.is_segmented(insn):
             return self._simulate(insn)
         return self._make(insn, WINDOW + legacy(insn) + opcode_bytes(insn) + bytes((insn.modrm,)))
 
@@ -386,7 +387,7 @@ class Templates:
     def _ijmp(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._stop(insn)
-        if insn.is_memory and self._is_segmented(insn):
+        if insn.is_memory and self.is_segmented(insn):
             return (END, *self._segmented(insn, b"\x65\x45\x8b\x00" + JUMP_R8)[1:])
         leaf = self._make(insn, self._load_r8(insn), JUMP_R8)
         return (END, leaf[1], leaf[2], leaf[3], leaf[4] or None, 0) if leaf[2] else (
@@ -395,6 +396,6 @@ class Templates:
     def _icall(self, insn: Insn) -> Leaf:
         if insn.opsize16:
             return self._stop(insn)
-        if insn.is_memory and self._is_segmented(insn):
-            return (ICALL, insn.length, 0, b"", self._segmented(insn, b"\x65\x45\x8b\x00")[4], 0)
+        if insn.is_memory and self.is_segmented(insn):
+            return (ICALL, insn.length, 0, STORE_IMM, self._segmented(insn, b"\x65\x45\x8b\x00")[4], 0)
         return (ICALL, insn.length, insn.path if insn.length > insn.path else 0, self._load_r8(insn), None, 0)

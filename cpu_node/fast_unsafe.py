@@ -134,7 +134,7 @@ class FastTranslator:
         if parts is None:  # a template that is a function
             made = leaf[4](text, i, line.va + i & 0xFFFFFFFF)
             if kind == ICALL:
-                parts = loop.WITH_VA | loop.BEHIND | loop.RETURN, made, STORE_IMM, PUSHED + JUMP_R8, 0, 0
+                parts = loop.WITH_VA | loop.BEHIND | loop.RETURN, made, leaf[3], PUSHED + JUMP_R8, 0, 0
             else:
                 assert kind in (END, FUNCTION), kind
                 parts = loop.ENDS if kind == END else 0, leaf[3] + made, b"", b"", 0, 0
@@ -226,10 +226,15 @@ def _parts(leaf: Leaf) -> _Parts | None:
     kind, n, skip, pre, post, _ = leaf
     guest = loop.GUEST if skip else 0
     target = loop.WITH_TARGET | (loop.SHORT if n - skip == 1 else 0)
-    if isinstance(post, Split) and kind == FUNCTION:
-        flags = loop.GUEST | loop.TAIL
-        return flags, post.before, post.middle, b"", n - post.disp_size - post.imm_size, post.imm_size
-    if callable(post):
+    if isinstance(post, Split) and kind != CALL:
+        flags, before, middle, after = loop.GUEST | loop.TAIL, post.before, post.middle, b""
+        if kind == ICALL:
+            flags |= loop.WITH_VA | loop.BEHIND | loop.RETURN
+            middle, after = middle + pre, PUSHED + JUMP_R8
+        elif kind == END:
+            flags, before = flags | loop.ENDS, pre + before
+        return flags, before, middle, after, n - post.disp_size - post.imm_size, post.imm_size
+    if callable(post) and kind != CALL:
         return None
     match kind:
         case _ if kind == PLAIN:
@@ -240,7 +245,7 @@ def _parts(leaf: Leaf) -> _Parts | None:
             return target, pre, b"", b"", skip, 0
         case _ if kind == CALL:
             flags = target | loop.WITH_VA | loop.BEHIND | loop.RETURN
-            return flags, STORE_IMM, b"", PUSHED + b"\xe9", skip, 0
+            return flags, pre, b"", PUSHED + b"\xe9", skip, 0
         case _ if kind == JMP:
             return target | loop.FOLLOWS | loop.ENDS, b"\xe9", b"", b"", skip, 0
         case _ if kind == END:

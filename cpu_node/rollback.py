@@ -10,13 +10,15 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from cpu_node import layout as at
+from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
 from cpu_node.decode import TooLong, Undefined, decode
 from cpu_node.emit import CUT_EDI, CUT_ESI, STI_ECX_IN_R9
+from cpu_node.emit_soft import SoftCode, SoftFunction
 from cpu_node.encode import EBP_FROM_R8, MOV_R8, POPPED, PUSHED
 from cpu_node.line import Line
 from cpu_node.record_unsafe import Record
-from cpu_node.translate import check_source
+from cpu_node.translate import CHECK_SAVED_FROM, check_source
 
 ECX, ESP, EBP, ESI, EDI = 1, 4, 5, 6, 7
 _JUMP_SLOT = b"\x41\xff\x67"  # jmp [r15+slot]: r8d is the guest address
@@ -55,20 +57,28 @@ def roll_back(record: Record, cache: CodeCache, rip: int) -> tuple[Line | None, 
         if here[:2] == MOV_R8 and (here[6:10] == _JUMP_TABLE or here[6:9] == _JUMP_SLOT):
             return None, int.from_bytes(here[2:6], "little")
         break
+    soft = bool(line.mode & modes.SOFT)
+    saved_from, saved_in = (CHECK_SAVED_FROM, 12) if soft else (3, 9)  # in a check of the source
     try:
         insn = decode(line.code, guest)
     except (Undefined, TooLong):  # nothing but the verification of its bytes can fault
-        if delta >= 3:
-            regs[ECX] = record.scratch(9) & 0xFFFFFFFF
+        if delta >= saved_from:
+            regs[ECX] = record.scratch(saved_in) & 0xFFFFFFFF
         return line, va
     if line.verify:
         check = len(check_source(line, guest, min(insn.length, line.size - guest)))
-        if 3 <= delta < check:
-            regs[ECX] = record.scratch(9) & 0xFFFFFFFF
+        if saved_from <= delta < check:
+            regs[ECX] = record.scratch(saved_in) & 0xFFFFFFFF
         delta -= check
         if delta <= 0:
             return line, va
     following = va + insn.length & 0xFFFFFFFF
+    if soft:
+        template = cache.function_of(line, guest)
+        if isinstance(template, SoftCode | SoftFunction) and delta >= template.saved_from:
+            regs[ECX] = record.scratch(12) & 0xFFFFFFFF
+            if delta == template.done_at:
+                return None, following
     if q[at.REGS // 8 + ESP] >= 1 << 32:  # PUSHF and POPF are on the host's stack
         regs[ESP] = record.scratch(10) & 0xFFFFFFFF
     match insn.row.action:

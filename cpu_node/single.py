@@ -22,11 +22,6 @@ _HOST_TRAPS = {0: DE, 6: UD, 13: GP, 16: MF, 19: XM}  # host vector -> guest vec
 _FX_WRITTEN = 288  # FXSAVE in 32-bit mode leaves the rest alone [vol. 2, FXSAVE]
 _OPERAND = 0x400  # of the scratch page
 _ES = 0x80  # in the x87 status word: an unmasked exception is pending
-_NOT_WAITING = frozenset(("fnstenv", "fnstcw", "fnsave", "fnstsw"))
-_UNALIGNED = frozenset(  # operands of 16 bytes and more that may lie anywhere
-    ("movups", "movupd", "movdqu", "lddqu", "pcmpestri", "pcmpestrm", "pcmpistri", "pcmpistrm", "fnsave",
-     "frstor", "fnstenv", "fldenv")
-)
 
 
 def guest_fault(trap: int, cpu: Cpu) -> GuestFault | None:
@@ -168,11 +163,10 @@ class Single:
         cpu, memory, scratch = self.cpu, self.cpu.memory, self.scratch
         user = cpu.cpl == 3
         access = insn.row.access
-        waits = insn.row.group in ("x87", "mmx") or insn.row.operands[0][0] == "P"
-        if waits and self.record.b[at.FX + 2] & _ES and insn.row.mnemonic not in _NOT_WAITING:
-            raise GuestFault(MF)  # before any fault of the operand
-        if width >= 16 and cpu.seg[segment].base + offset & 15 and insn.row.mnemonic not in _UNALIGNED:
-            raise GuestFault(GP, 0)  # before any #SS or #PF
+        if insn.row.waits and self.record.b[at.FX + 2] & _ES:
+            raise GuestFault(MF)
+        if insn.row.aligned and cpu.seg[segment].base + offset & 15:
+            raise GuestFault(GP, 0)
         va = self.linear(segment, offset, width, access in "wm")
         if access in "wm":
             memory.probe_write(va, width, user)

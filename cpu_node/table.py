@@ -70,11 +70,27 @@ class Row:
                                                                                   for o in named))
         set_once(self, "_widths", _BY_SIZE[width] if width < 0 else (width, width))
 
+    @property
+    def aligned(self) -> bool:
+        """A memory operand that isn't at a multiple of 16 is #GP, before any #SS or #PF."""
+        return self._widths[0] >= 16 and self.mnemonic not in _UNALIGNED
+
+    @property
+    def waits(self) -> bool:
+        """An x87 exception that is pending comes first, before any fault of the operand."""
+        uses_x87 = self.group in ("x87", "mmx") or self.operands[0][0] == "P"
+        return uses_x87 and self.mnemonic not in _NOT_WAITING
+
     def memory_width(self, opsize16: bool) -> int:
         """Bytes of the memory operand (0: address only)."""
         return self._widths[opsize16]
 
 
+_NOT_WAITING = frozenset(("fnstenv", "fnstcw", "fnsave", "fnstsw"))
+_UNALIGNED = frozenset(  # operands of 16 bytes and more that may lie anywhere
+    ("movups", "movupd", "movdqu", "lddqu", "pcmpestri", "pcmpestrm", "pcmpistri", "pcmpistrm", "fnsave",
+     "frstor", "fnstenv", "fldenv")
+)  # fmt: skip
 _NOT_MODRM = frozenset(("CL", "CS", "DS", "ES", "SS", "FS", "GS", "DX"))
 
 TABLE = """

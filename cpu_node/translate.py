@@ -13,8 +13,10 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cpu_node import mode as modes
 from cpu_node.decode import MAX_LENGTH
 from cpu_node.emit import Templates
+from cpu_node.emit_soft import RESTORE_ECX, SAVE_ECX, probe
 from cpu_node.encode import (
     CALL,
     END,
@@ -36,9 +38,11 @@ from cpu_node.encode import (
     STORE_IMM,
     WINDOW,
     Leaf,
+    Split,
 )
 from cpu_node.line import Chunk, Line
 
+CHECK_SAVED_FROM = len(MOV_R8) + 4 + len(SAVE_ECX)  # host offset from which a check in SOFT has ECX in r12
 MAX_INSTRUCTIONS = 250  # of a chunk
 
 
@@ -55,10 +59,12 @@ class Translation:
 def check_source(line: Line, offset: int, length: int) -> bytes:
     """Host code that leaves by EXIT_STALE unless the guest bytes are still those translated.
 
-    Keeps the flags: ECX waits in r9d while JRCXZ tests (rollback.py puts it back).
+    Keeps the flags: ECX waits in r9d (SOFT: r12) while JRCXZ tests (rollback.py puts it back).
     """
     va = line.va + offset
     leave = MOV_R8 + va.to_bytes(4, "little") + EXIT_STALE
+    if line.mode & modes.SOFT:
+        return _check_by_probe(line, offset, length, RESTORE_ECX + leave)
     out = b"\x41\x89\xc9"  # mov r9d, ecx
     at = offset
     while at < offset + length:
@@ -72,6 +78,22 @@ def check_source(line: Line, offset: int, length: int) -> bytes:
         out += b"\xe3\x02\xeb\x02\xeb" + bytes((len(stale),)) + stale
         at += size
     return out + b"\x44\x89\xc9"
+
+
+def _check_by_probe(line: Line, offset: int, length: int, stale: bytes) -> bytes:
+    """The same, where the bytes are found by the TLB: they are data to it."""
+    out = MOV_R8 + (line.va + offset).to_bytes(4, "little")
+    out += probe(len(out), length, False) + b"\x4f\x8d\x4c\x08\xff"  # lea r9, [r8+r9-1]
+    at = 0
+    while at < length:
+        size = 4 if length - at >= 4 else 2 if length - at >= 2 else 1
+        load = {4: b"\x45\x8b", 2: b"\x45\x0f\xb7", 1: b"\x45\x0f\xb6"}[size]
+        expected = int.from_bytes(line.code[offset + at : offset + at + size], "little")
+        out += load + bytes((0x41, at))  # mov r8d, [r9+at]
+        out += b"\x41\x8d\x88" + (-expected & 0xFFFFFFFF).to_bytes(4, "little")  # lea ecx, [r8-expected]
+        out += b"\xe3\x02\xeb\x02\xeb" + bytes((len(stale),)) + stale
+        at += size
+    return out + RESTORE_ECX
 
 
 def leaf_at(templates: Templates, code: bytes, offset: int) -> Leaf:
@@ -96,7 +118,8 @@ def renew(line: Line, offset: int, text: bytes, templates: Templates) -> bytes |
     leaf = leaf_at(templates, text, 0)
     kind, n, skip, pre, post, _ = leaf
     old = code[offset : offset + n]
-    if (kind not in (PLAIN, PLAIN_POST) or offset + n > line.size or text[:n] == old
+    plain = kind in (PLAIN, PLAIN_POST) or (kind == FUNCTION and isinstance(post, Split))
+    if (not plain or offset + n > line.size or text[:n] == old
             or leaf_at(templates, code, offset) is not leaf):
         return None
     if line.alone.get(offset) != len(host):
@@ -107,6 +130,9 @@ def renew(line: Line, offset: int, text: bytes, templates: Templates) -> bytes |
             return None
         line.alone[offset] = len(host)
     line.code = code[:offset] + text[:n] + code[offset + n :]
+    if kind == FUNCTION:
+        made: bytes = post(text, 0, line.va + offset)
+        return check_source(line, offset, n) + made
     body: bytes = pre + text[skip:n] if skip else pre
     return check_source(line, offset, n) + body + (post if kind == PLAIN_POST else b"")
 
@@ -219,8 +245,8 @@ def translate(line: Line, start: int, templates: Templates, position: int,
                 at += length
             elif kind == CALL:
                 target = following + int.from_bytes(code[i + skip : following], "little", signed=True)
-                put(STORE_IMM + (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + b"\xe9")
-                at += 19
+                put(pre + (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + b"\xe9")
+                at += len(pre) + 13
                 fixups.append((len(out), at, target))
                 put(b"")
                 returns.append(following)
@@ -247,10 +273,10 @@ def translate(line: Line, start: int, templates: Templates, position: int,
                 at += len(piece)
                 break
             elif kind == ICALL:
-                piece = pre + (code[i + skip : following] if skip else b"")
-                if post is not None:
-                    piece = post(code, i, va0 + i & 0xFFFFFFFF)
-                piece += STORE_IMM
+                if post is None:
+                    piece = pre + (code[i + skip : following] if skip else b"") + STORE_IMM
+                else:
+                    piece = post(code, i, va0 + i & 0xFFFFFFFF) + pre
                 piece += (va0 + following & 0xFFFFFFFF).to_bytes(4, "little") + PUSHED + JUMP_R8
                 put(piece)
                 at += len(piece)

@@ -11,6 +11,7 @@ from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.fast_unsafe import FastTranslator
 from cpu_node.line import PAGE, Line, page_line, single_line
 from cpu_node.translate import translate
@@ -20,7 +21,8 @@ from tests.golden.blocks import GROUPS
 
 VA = 0xFFFF_F000
 POSITION = 0x3000
-MODES = (0, modes.USER, modes.NO_FPU, modes.USER | modes.NO_SSE, modes.TSC_SIMULATED)
+MODES = (0, modes.USER, modes.NO_FPU, modes.USER | modes.NO_SSE, modes.TSC_SIMULATED,
+         modes.USER | modes.SOFT)
 
 
 def line_of(code: bytes, mode: int = 0, va: int = VA) -> Line:
@@ -97,7 +99,7 @@ def plausible(rng: random.Random) -> bytes:
 @pytest.mark.parametrize("mode", MODES)
 @isolated
 def test_code_full_of_jumps(mode: int) -> None:
-    rng, fast, templates = random.Random(mode), FastTranslator(), Templates(mode)
+    rng, fast, templates = random.Random(mode), FastTranslator(), templates_of(mode)
     done = 0
     for _ in range(60):
         va = rng.choice((0, 0x8000_0000, VA))
@@ -117,7 +119,7 @@ def test_golden_blocks() -> None:
     fast = FastTranslator()
     for block in [block for group in GROUPS.values() for block in group]:
         code = block.text if isinstance(block.text, bytes) else asm(block.text, VA)
-        Pair(fast, Templates(block.mode), code, block.mode).translate(0)
+        Pair(fast, templates_of(block.mode), code, block.mode).translate(0)
 
 
 @isolated

@@ -10,6 +10,7 @@ import pytest
 
 from cpu_node import mode as modes
 from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.kept import Kept, pack, take_over, unpack
 from cpu_node.line import PAGE, Chunk, Line, page_line, single_line
 from cpu_node.translate import translate
@@ -52,7 +53,7 @@ class Workshop:
         self.image = bytearray(1 << 16)
         self.chunks: list[Chunk] = []
         self.position = FIRST
-        self.templates = Templates(line.mode)
+        self.templates = templates_of(line.mode)
 
     def translate(self, offset: int, limit: int = 250) -> None:
         made = translate(self.line, offset, self.templates, self.position, limit)

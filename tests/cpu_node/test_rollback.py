@@ -11,6 +11,7 @@ from __future__ import annotations
 import pytest
 
 from cpu_node import layout as at
+from cpu_node import mode as modes
 from cpu_node.cpu import ESP
 from cpu_node.descriptor import FS, GS, build
 from cpu_node.errors import UD, GuestFault
@@ -81,6 +82,7 @@ def _prepare(board: Board, start: int) -> None:
     board.cpu.eflags = 2
     board.engine.record.reset_fpu()
     board.engine.contexts.table.clear()
+    board.engine.contexts.tlb.flush()
     board.cpu.halted = False
     board.faults.clear()
     board.cpu.eip = start
@@ -151,8 +153,9 @@ def _check_everywhere(board: Board, name: str, start: int) -> None:
     assert rolled_back
 
 
-def _board(verify: bool, cpl: int) -> Board:
+def _board(verify: bool, cpl: int, soft: bool = False) -> Board:
     board = Board()
+    board.engine.contexts.soft = soft
     if cpl == 3:
         board.paging()
         board.flat(3)
@@ -172,13 +175,15 @@ def test_kernel(name: str, verify: bool) -> None:
     _check_everywhere(board, name, CODE)
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["window", "soft"])
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verify"])
 @pytest.mark.parametrize("name", [n for n in SHAPES if n not in KERNEL_ONLY])
 @isolated
-def test_user(name: str, verify: bool) -> None:
-    board = _board(verify, 3)
+def test_user(name: str, verify: bool, soft: bool) -> None:
+    board = _board(verify, 3, soft)
     board.load(SHAPES[name] + "\nud2")
     _check_everywhere(board, name, CODE)
+    assert bool(board.engine.mode & modes.SOFT) == soft
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verify"])

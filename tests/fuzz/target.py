@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from cpu_node import mode as modes
 from cpu_node.decode import MAX_LENGTH, Insn, TooLong, Truncated, Undefined, decode
-from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.errors import GP, SS, UD
 from cpu_node.line import page_line
 from cpu_node.translate import translate
@@ -83,7 +83,7 @@ def check_translator(case: FuzzCase, data: bytes) -> None:
         return
     page, _ = pages(case)
     line = page_line(CODE >> 12, CODE >> 12, case.mode, page, case.verified)
-    made = translate(line, case.offset, Templates(case.mode), POSITION, ahead=True)
+    made = translate(line, case.offset, templates_of(case.mode), POSITION, ahead=True)
     wrong = stray(made, line)
     if wrong:
         raise Broken(f"host code of {data.hex()}: " + "; ".join(wrong))
@@ -95,7 +95,7 @@ def check_inner_loop(machine: Machine, case: FuzzCase, data: bytes) -> None:
         return
     page = (bytes(case.offset % PAGE_START) + case.code * (PAGE // len(case.code) + 1))[:PAGE]
     cache = machine.board.engine.contexts.cache
-    templates = cache.templates.setdefault(case.mode, Templates(case.mode))
+    templates = cache.templates.setdefault(case.mode, templates_of(case.mode))
     pair = Pair(cache._fast, templates, page, case.mode, CODE)
     try:
         for offset in (case.offset, case.offset % PAGE_START, PAGE - 1):

@@ -14,7 +14,7 @@ from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.cpu import EAX
 from cpu_node.decode import Undefined
-from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.line import page_line
 from cpu_node.translate import Translation, translate
 from tests.cpu_node.board import CODE, DATA
@@ -146,7 +146,7 @@ def test_the_decoder_says_undefined() -> None:
 
 def _translated(case: FuzzCase) -> tuple[Translation, object]:
     line = page_line(CODE >> 12, CODE >> 12, case.mode, pages(case)[0], case.verified)
-    return translate(line, case.offset, Templates(case.mode), POSITION), line
+    return translate(line, case.offset, templates_of(case.mode), POSITION), line
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,57 @@ cli
 sti
 nop
 """
+SOFT = """
+mov eax, [esi]
+mov ecx, [ebp+esi*2-5]
+mov byte ptr [0x1000], 7
+mov dword ptr [ebx], 0x12345678
+mov [esp], ah
+mov ch, [esp]
+mov eax, cs:[ebx]
+mov cs:[ebx], eax
+mov eax, fs:[0]
+mov fs:[ebx+ecx*4+8], al
+mov al, [0x12345678]
+mov [0x12345678], eax
+add [esi+8], ax
+lock xadd [edi], ecx
+shl dword ptr [ebx], cl
+lock cmpxchg8b [esi]
+bts [ebx], ecx
+bt word ptr [ebx], cx
+push eax
+push 0x12345678
+push -5
+push dword ptr gs:[8]
+push ecx
+pop esp
+pop ecx
+pop dword ptr [esp+4]
+.byte 0x0f, 0xa8
+mov [ecx], gs
+pushal
+popal
+pushfd
+popfd
+leave
+xlatb
+fld tbyte ptr [esi]
+fnsave [ebx]
+movq mm1, [ebx]
+movaps xmm1, [ebx]
+movups [ebx], xmm1
+movss xmm1, [ebx]
+fxsave [ebx]
+.byte 0xf3, 0xa5
+maskmovdqu xmm0, xmm1
+call dword ptr [ebx]
+call eax
+call next
+next: jmp dword ptr [ebx+eax*4]
+ret
+ret 8
+"""
 
 GROUPS: dict[str, tuple[Block, ...]] = {
     "integer": (Block("operands", OPERANDS), Block("arithmetic", ALU)),
@@ -268,6 +319,10 @@ GROUPS: dict[str, tuple[Block, ...]] = {
     "verify": (
         Block("bytes are checked", "inc eax\nmov eax, [ebx]\njmp next\nnext: ret", verify=True),
         Block("call and loop", "call next\nnext: loop next\nsti\npopfd", modes.USER, True),
+    ),
+    "soft": (
+        Block("data by the software TLB", SOFT, modes.SOFT | modes.USER),
+        Block("bytes are checked", "inc eax\nmov eax, [ebx]", modes.SOFT | modes.USER, True),
     ),
     "crossing": (
         Block("a move", "mov eax, [ebx+0x12345678]", crosses=True),

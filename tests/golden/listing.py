@@ -11,7 +11,7 @@ import capstone
 
 from cpu_node import mode as modes
 from cpu_node.decode import TooLong, Undefined, decode
-from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.line import PAGE, Line, page_line, single_line
 from cpu_node.translate import Translation, translate
 
@@ -24,7 +24,7 @@ _HOST = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
 def page(code: bytes, mode: int, verify: bool) -> tuple[Line, list[Translation]]:
     """All of `code`, at the start of a page, translated in address order; up to what is no instruction."""
     line = page_line(VA >> 12, VA >> 12, mode, code.ljust(PAGE, b"\xf4"), verify)
-    templates, made, offset, position = Templates(mode), [], 0, POSITION
+    templates, made, offset, position = templates_of(mode), [], 0, POSITION
     while offset < len(code):
         if offset in line.host:
             try:
@@ -41,7 +41,7 @@ def page(code: bytes, mode: int, verify: bool) -> tuple[Line, list[Translation]]
 def crossing(code: bytes, mode: int, verify: bool) -> tuple[Line, list[Translation]]:
     """The one instruction `code`, its last byte on the next page."""
     line = single_line(VA + PAGE - len(code) + 1, (VA >> 12, (VA >> 12) + 1), mode, code, verify)
-    return line, [translate(line, 0, Templates(mode), POSITION)]
+    return line, [translate(line, 0, templates_of(mode), POSITION)]
 
 
 def listing(title: str, mode: int, line: Line, made: list[Translation], size: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tests.insn.segments import FLAT
@@ -15,6 +16,7 @@ from tests.insn.state import AC, Case, CpuState
 NATIVE = "native"
 TRANSLATED, RESTARTED, NOT_FLAT, SIMULATED = "translated", "restarted", "not flat", "simulated"
 DIRECT = "direct"
+SOFT, SOFT_RESTARTED = "soft", "soft restarted"
 SEEN_DIRECTLY = frozenset(("lar", "lsl", "verr", "verw", "into"))
 SEGMENT_BASE = 0x12345000
 
@@ -38,16 +40,28 @@ def _native() -> Runner:
     return NativeRunner()
 
 
-def _guest(simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False) -> Runner:
+def _guest(simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False,
+           soft: bool = False) -> Runner:
     from tests.insn.guest import GuestRunner
 
-    return GuestRunner(simulate, base, on_demand, direct)
+    return GuestRunner(simulate, base, on_demand, direct, soft)
 
 
 def _runs_directly(case: Case) -> bool:
     """docs/direct-execution.md says what is translated all the same, and what code can see."""
     sees = any(row.split()[1] in SEEN_DIRECTLY for row in case.rows)
     return case.cpl == 3 and case.selectors == FLAT and not case.eflags & AC and not sees
+
+
+def _runs_softly(case: Case) -> bool:
+    """Other cases are no different from those of translated code, or of the simulator."""
+    return case.cpl == 3 and case.selectors == FLAT and not case.eflags & AC
+
+
+def _host_probes() -> bool:
+    from cpu_node.tlb import host_has_shrx
+
+    return host_has_shrx(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
 
 
 def _children_work() -> bool:
@@ -78,6 +92,14 @@ EXECUTORS: dict[str, Executor] = {
         "user code in a traced child: cases of CPL 3 with flat segments, without alignment checks and "
         f"{', '.join(sorted(name.upper() for name in SEEN_DIRECTLY))}",
         lambda: _guest(direct=True), _runs_directly, _children_work,
+    ),
+    SOFT: Executor(
+        "user code that finds its data by the software TLB: cases of CPL 3 with flat segments, without "
+        "alignment checks", lambda: _guest(soft=True), _runs_softly, _host_probes,
+    ),
+    SOFT_RESTARTED: Executor(
+        "the same, with a fault at every memory operand as above",
+        lambda: _guest(on_demand=True, soft=True), _runs_softly, _host_probes,
     ),
 }  # fmt: skip
 

@@ -4,12 +4,13 @@ The case's pages are guest physical pages behind real page tables.  At CPL 3 eve
 IDT and the TSS to a ring-0 handler that is just HLT, and the outcome is read from the frame that was pushed;
 at CPL 0, where a frame would go to the case's own stack, the fault is taken when it is raised.
 
-Four ways to run the same case differently, none of which may change its outcome:
+Five ways to run the same case differently, none of which may change its outcome:
 `simulate`: the simulator runs every instruction, the translator none.
 `base`: all segments start there (those of the LDT so much higher), and all pages lie so much higher.
 `on_demand`: no page is present until it is touched, and none writable until it is written; the page fault
 is then served here and the instruction restarted.
 `direct`: user code runs untouched in a child; BACKPLANE_TRAP_BACKEND names the trap back end.
+`soft`: user code finds its data by the software TLB.
 
 Every fourth family of cases starts with its code pages as "mixed" (self-verifying translations), every eighth
 with accessed and dirty bits clear.
@@ -87,6 +88,7 @@ class CaseEngine(Engine):
 
     caught: GuestFault | None = None
     simulate = False
+    was_soft = False
     serve: Callable[[GuestFault], bool] | None = None
 
     def fault(self, fault: GuestFault) -> None:
@@ -97,11 +99,14 @@ class CaseEngine(Engine):
             self.stopping = True
         else:
             super().fault(fault)
+            if self.serve is not None:
+                self.assists._forget_gates()  # the next page fault comes here too, not to an assist
 
     def _set_mode(self) -> None:
         super()._set_mode()
         if self.simulate:
             self.mode |= modes.STEP
+        self.was_soft |= bool(self.mode & modes.SOFT)
 
 
 @dataclass(slots=True)
@@ -118,8 +123,9 @@ class GuestRunner:
     """`run(case) -> CpuState` in the engine.  One per process, for good (it installs signal handlers)."""
 
     def __init__(
-        self, simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False
-    ) -> None:
+        self, simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False,
+        soft: bool = False,
+    ) -> None:  # fmt: skip
         stubs_unsafe.install()
         fd = os.memfd_create("case-ram")
         os.ftruncate(fd, RAM_SIZE)
@@ -128,6 +134,7 @@ class GuestRunner:
         self._engine = CaseEngine(fd, self._ram, platform, CpuModel(10**9, False, frozenset()), None)
         platform.engine = self._engine
         self._engine.simulate = simulate
+        self._soft = self._engine.contexts.soft = soft
         self._base = base
         self._on_demand = on_demand
         self._next_pa = PAGE_DIRECTORY + PAGE_SIZE
@@ -200,7 +207,7 @@ class GuestRunner:
         self._set_registers(case)
         engine = self._engine
         engine.caught = None
-        engine.stopping = False
+        engine.stopping = engine.was_soft = False
         if self._on_demand:
             wanted = {page.va + self._base & MASK: page.writable for page in case.pages}
             engine.serve = lambda fault: self._serve(fault, wanted)
@@ -218,6 +225,7 @@ class GuestRunner:
             if direct.translated_ns != before:
                 self._outcome(case)  # notes what has changed
                 return CpuState(Stop(TRANSLATED_INSTEAD))
+        assert engine.was_soft or not self._soft, "it ran in a window"
         assert not (engine.simulate and engine.exits), "translated code ran in the simulator's run"
         return self._outcome(case)
 

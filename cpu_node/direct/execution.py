@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from time import clock_gettime_ns, thread_time_ns
+from time import thread_time_ns
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from cpu_node import layout as at
@@ -20,6 +20,7 @@ from cpu_node import mode as modes
 from cpu_node.cpu import DR6_BS, ECX
 from cpu_node.decode import Insn
 from cpu_node.descriptor import DS, ES, FS, GS, SS, Segment
+from cpu_node.direct.clock import cpu_ns
 from cpu_node.direct.exits import (
     FX_USED,
     USER_DATA,
@@ -57,7 +58,6 @@ _NATIVE = STATUS | TF | DF | NT | AC | ID  # EFLAGS that CPL 3 changes
 _REFUSED = TF | NT | AC | VM | IOPL | VIF | VIP
 _INT80, _INT3, _INT_3, _INT_4, _INTO, _INT1 = b"\xcd\x80", 0xCC, b"\xcd\x03", b"\xcd\x04", 0xCE, 0xF1
 _LONGEST = 15
-_CPUCLOCK_SCHED = 2  # of a process's clock id, as clock_getcpuclockid() makes it
 _DIVISIONS = frozenset(("div", "idiv", "aam"))
 
 
@@ -392,14 +392,6 @@ class Direct:
         except GuestFault as fault:
             return 0 if fault.vector == UD else length
         return 0 if _may_fault(insn) else length
-
-
-def cpu_ns(pid: int) -> int:
-    """Time that a process has had a processor, whatever else the host does; 0 when it is no more."""
-    try:
-        return clock_gettime_ns(~pid << 3 | _CPUCLOCK_SCHED)
-    except OSError:
-        return 0
 
 
 def _plain(segment: Segment) -> bool:

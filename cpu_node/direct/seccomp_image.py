@@ -3,13 +3,16 @@
 One page of code, as of image.py. It makes itself ready: maps the list (which it can only read) and the frame
 (shared with the node, written by both), starts the *mapper*, a process that shares its memory and nothing
 else, takes all signals on an alternate stack in the frame, gives up all other memory and descriptors, and
-has a filter installed that lets two system calls pass, both at one address of this page and one of them with
-fixed arguments: kill(itself, SIGSTOP) and rt_sigreturn(). Every other one becomes SIGSYS.
+has a filter installed that lets two system calls pass, each at one address of this page and with fixed
+arguments: kill(itself, SIGSTOP), and rt_sigprocmask() that blocks nothing. Every other one becomes SIGSYS.
 
-From then on its only own code is the signal handler: note segment registers, stop, and when the node has
-said SIGCONT, load them and return from the signal to what the node has put into its frame.
+From then on its only own code is the signal handler, which runs with all signals blocked: note segment
+registers, stop, and when the node has said SIGCONT, load FPU and segment registers, unblock all signals, load
+what the node has put into the frame and IRET. There is no rt_sigreturn: with a frame of one's own that can
+block signals.
 The mapper stops itself, too, and whenever it is continued makes the calls of the list.
-Sources: signal(7), sigreturn(2), seccomp(2), clone(2); Linux asm/sigcontext.h, linux/seccomp.h.
+Sources: signal(7), sigprocmask(2), seccomp(2), clone(2); Linux asm/sigcontext.h, linux/seccomp.h; Intel SDM
+vol. 1 13.8 (XRSTOR), vol. 2A IRET.
 """
 
 from __future__ import annotations
@@ -42,18 +45,22 @@ STACK = FRAME + PAGE
 # Words in the frame.
 SIGNAL, CONTEXT, INFO, SEQUENCE, DS, ES, FS, GS, FS_BASE, GS_BASE, MAPPER, RESULT, LEFT = range(0, 104, 8)
 WORDS = struct.Struct("<13Q")
+FP_STATE, EXTENDED = 104, 112  # where the FPU's state lies; whether as XSAVE leaves it, or FXSAVE
+RETURN = 128  # flags of the handler's last instructions, rdi rsi rbp rdx rcx rax rbx, rip cs rflags rsp ss
 
 # In the list's memory, behind the calls.
 SETUP = LIST + 0x3000
-PID, ALT_STACK, ACTION, FPROG, NAME, FILTER, COUNT = 0x000, 0x008, 0x040, 0x080, 0x0A0, 0x100, 0xF00
+PID, ALT_STACK, ACTION, FPROG, NAME, NO_SIGNALS, FILTER = 0x000, 0x008, 0x040, 0x080, 0x0A0, 0x0C0, 0x100
+COUNT = 0xF00
 CAPACITY = (SETUP - LIST) // 64
 
 HANDLER = TRAMPOLINE + 0x400
 _CALL_SIZE = 2  # of SYSCALL
-_SYS_SIGACTION, _SYS_SIGRETURN, _SYS_GETPID, _SYS_CLONE, _SYS_EXIT, _SYS_KILL = 13, 15, 39, 56, 60, 62
+_SYS_SIGACTION, _SYS_SIGPROCMASK, _SYS_GETPID, _SYS_CLONE, _SYS_EXIT, _SYS_KILL = 13, 14, 39, 56, 60, 62
 _SYS_GETPPID, _SYS_ALTSTACK, _SYS_SECCOMP = 110, 131, 317
 _CLONE_FLAGS = 0x100 | 0x8000 | int(signal.SIGCHLD)  # CLONE_VM, CLONE_PARENT
 _NO_NEW_PRIVS, _SET_FILTER, _SPEC_ALLOW = 38, 1, 4
+_SIG_SETMASK, _MASK_SIZE = 2, 8
 _SIGSTOP, _SIGKILL = int(signal.SIGSTOP), int(signal.SIGKILL)
 _NOT_TAKEN = (_SIGKILL, int(signal.SIGCHLD), int(signal.SIGCONT), _SIGSTOP)
 _AUDIT_ARCH_X86_64, _ALLOW, _TRAP = 0xC000_003E, 0x7FFF_0000, 0x0003_0000
@@ -223,32 +230,62 @@ _BEFORE_STOP = f"""
     mov esi, {_SIGSTOP}
     syscall
 """
-_BEFORE_RETURN = f"""
+_XRSTOR64_RSI, _FXRSTOR64_RSI = (".byte 0x48, 0x0f, 0xae, " + modrm for modrm in ("0x2e", "0x0e"))
+_BEFORE_UNBLOCK = f"""
+    mov rsi, [rbx+{FP_STATE}]
+    mov eax, -1
+    mov edx, -1
+    cmp qword ptr [rbx+{EXTENDED}], 0
+    je legacy
+    {_XRSTOR64_RSI}
+    jmp loaded
+legacy:
+    {_FXRSTOR64_RSI}
+loaded:
     {chr(10).join(_loaded(name, place) for name, place in _SEGMENTS)}
     mov rax, [rbx+{FS_BASE}]
     wrfsbase rax
     mov rax, [rbx+{GS_BASE}]
     wrgsbase rax
-    mov rsp, [rbx+{CONTEXT}]
-    mov eax, {_SYS_SIGRETURN}
+    lea rsp, [rbx+{RETURN}]
+    mov eax, {_SYS_SIGPROCMASK}
+    mov edi, {_SIG_SETMASK}
+    lea rsi, [rbp+{NO_SIGNALS}]
+    xor edx, edx
+    mov r10d, {_MASK_SIZE}
     syscall
+"""
+_BEFORE_RETURN = f"""
+    {chr(10).join(f"xor r{number}d, r{number}d" for number in range(8, 16))}
+    popfq
+    pop rdi
+    pop rsi
+    pop rbp
+    pop rdx
+    pop rcx
+    pop rax
+    pop rbx
+    iretq
 """
 
 
 def program(parent: int) -> bytes:
     """The file to execute."""
-    return elf(((START, _start(parent)), (HANDLER, _BEFORE_STOP + _BEFORE_RETURN)))
+    return elf(((START, _start(parent)), (HANDLER, _BEFORE_STOP + _BEFORE_UNBLOCK + _BEFORE_RETURN)))
 
 
 # Where system calls may come from: the addresses behind them are what the filter sees.
 _BEHIND_STOP = HANDLER + len(assemble(_BEFORE_STOP, HANDLER))
-_BEHIND_RETURN = _BEHIND_STOP + len(assemble(_BEFORE_RETURN, _BEHIND_STOP))
-STOP_CALL, RETURN_CALL = _BEHIND_STOP - _CALL_SIZE, _BEHIND_RETURN - _CALL_SIZE
+_BEHIND_UNBLOCK = _BEHIND_STOP + len(assemble(_BEFORE_UNBLOCK, _BEHIND_STOP))
+STOP_CALL, UNBLOCK_CALL = _BEHIND_STOP - _CALL_SIZE, _BEHIND_UNBLOCK - _CALL_SIZE
+# A signal may come there, where nothing is blocked and no code of the guest's has run yet. RSP has left the
+# alternate stack by then: a second frame lies where the first did, so that there are never more.
+RETURNING = range(_BEHIND_UNBLOCK, _BEHIND_UNBLOCK + len(assemble(_BEFORE_RETURN, _BEHIND_UNBLOCK)))
 
 
 def setup(pid: int) -> bytes:
-    """What the child finds at SETUP: its pid, stack_t, sigaction, filter."""
-    code = _filter(pid, _BEHIND_STOP, _BEHIND_RETURN)
+    """What the child finds at SETUP: its pid, stack_t, sigaction, an empty sigset_t, filter."""
+    code = _filter(pid)
     out = bytearray(FILTER + len(code))
     struct.pack_into("<Q", out, PID, pid)
     struct.pack_into("<QIxxxxQ", out, ALT_STACK, STACK, 0, FRAME + FRAME_SIZE - STACK)
@@ -259,24 +296,27 @@ def setup(pid: int) -> bytes:
     return bytes(out)
 
 
-def _filter(pid: int, stop_ip: int, return_ip: int) -> bytes:
+def _filter(pid: int) -> bytes:
     """Classic BPF over struct seccomp_data: nr 0, arch 4, instruction pointer 8, arguments from 16 on."""
     load, equal, answer = 0x20, 0x15, 0x06
+    no_signals = SETUP + NO_SIGNALS
+    allowed = (
+        ((0, _SYS_KILL), (8, _BEHIND_STOP & 0xFFFF_FFFF), (16, pid), (24, _SIGSTOP), (28, 0)),
+        ((0, _SYS_SIGPROCMASK), (8, _BEHIND_UNBLOCK & 0xFFFF_FFFF), (16, _SIG_SETMASK),
+         (24, no_signals & 0xFFFF_FFFF), (28, no_signals >> 32), (32, 0), (36, 0), (40, _MASK_SIZE), (44, 0)),
+    )  # fmt: skip
+    common = ((4, _AUDIT_ARCH_X86_64), (12, _BEHIND_STOP >> 32))
     rows: list[tuple[int, int, int, int]] = []
+    end = 2 * len(common) + sum(2 * len(demands) + 1 for demands in allowed)
 
-    def demand(offset: int, value: int, end: int) -> None:
-        rows.append((load, 0, 0, offset))
-        rows.append((equal, 0, end - len(rows) - 1, value))  # else to `end`
+    def demand(demands: tuple[tuple[int, int], ...], otherwise: int) -> None:
+        for offset, value in demands:
+            rows.append((load, 0, 0, offset))
+            rows.append((equal, 0, otherwise - len(rows) - 1, value))
 
-    # Two runs of demands; whichever fails goes on to the next one, or to the trap.
-    first_end, second_end = 15, 25
-    demand(4, _AUDIT_ARCH_X86_64, second_end)
-    demand(12, stop_ip >> 32, second_end)
-    for offset, value in ((0, _SYS_KILL), (8, stop_ip & 0xFFFF_FFFF), (16, pid), (24, _SIGSTOP), (28, 0)):
-        demand(offset, value, first_end)
-    rows.append((answer, 0, 0, _ALLOW))
-    for offset, value in ((0, _SYS_SIGRETURN), (8, return_ip & 0xFFFF_FFFF)):
-        demand(offset, value, second_end)
-    rows.append((answer, 0, 0, _ALLOW))
-    rows.extend([(answer, 0, 0, _TRAP)] * (second_end + 1 - len(rows)))
+    demand(common, end)
+    for demands in allowed:
+        demand(demands, len(rows) + 2 * len(demands) + 1)  # what fails goes on behind the answer
+        rows.append((answer, 0, 0, _ALLOW))
+    rows.append((answer, 0, 0, _TRAP))
     return b"".join(struct.pack("<HBBI", *row) for row in rows)

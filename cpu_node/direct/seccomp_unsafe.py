@@ -2,14 +2,14 @@
 
 Every event is a signal in the child: SIGSYS for system calls, by a seccomp filter (seccomp_image.py), the
 fault signals, SIGUSR1 when the node wants it back. The kernel writes the whole context into memory shared
-with the node; the handler stops its process, and wait4() tells the node, which reads and changes the context
-in place. Another process, the mapper, makes the mappings while the child is stopped.
+with the node; the handler stops its process, and wait4() tells the node, which reads it there and writes what
+the handler is to go on with. Another process, the mapper, makes the mappings while the child is stopped.
 
 Against hostile code in the child: that it is stopped is the kernel's word, and nothing is done before. What
 it writes into the frame is no more than the registers it has anyway; addresses found there are checked. It
-can call kill(itself, SIGSTOP) and rt_sigreturn, and through the latter block signals: one that doesn't come
-when called is killed. It can't map anything: the mapper is stopped while it runs, reads a list that the
-child can't write, and keeps what it needs in registers.
+can call kill(itself, SIGSTOP), which is a stop like others, and rt_sigprocmask to unblock all signals, which
+are unblocked. It can't map anything: the mapper is stopped while it runs, reads a list that the child can't
+write, and keeps what it needs in registers.
 Left out: breakpoints (code that needs them is translated).
 """
 
@@ -24,9 +24,11 @@ import time
 
 from cpu_node.direct import image
 from cpu_node.direct import seccomp_image as at
+from cpu_node.direct.clock import cpu_ns
 from cpu_node.direct.exits import (
     FX_USED,
     USER_CODE32,
+    USER_CODE64,
     DirectUnavailable,
     Exit,
     Fault,
@@ -48,15 +50,18 @@ _RF = 0x1_0000
 _EFLAGS_FIXED = 0x202
 _MAP_SHARED, _MAP_FIXED, _MAP_POPULATE = 0x01, 0x10, 0x8000
 # struct ucontext [asm/ucontext.h, asm/sigcontext.h]
-_UC_STACK, _UC_REGS, _UC_MASK = 16, 104, 296
+_UC_REGS, _UC_MASK = 104, 296
 # rdi rsi rbp rbx rdx rax rcx rsp, rip eflags, cs gs fs ss, err trapno oldmask cr2, fpstate
 _REGS = struct.Struct("<8Q2Q4H4QQ")
-_ALT_STACK = struct.Struct("<QIxxxxQ")
+_RETURN = struct.Struct("<13Q")
 _UC_SIZE = _UC_MASK + 8
 _XSTATE_BV, _XSTATE_END = 512, 576  # the header behind the FXSAVE image says which parts are used
+_XSTATE_MAGIC_AT, _XSTATE_MAGIC = 464, 0x4650_5853  # there is one, and more state behind it
+_FP_ALIGNMENT = 64
 _SI_CODE = 8
 _TRAP_OVERFLOW, _TRAP_PAGE_FAULT, _TRAP_TRACE, _PF_WRITE = 4, 14, 2, 2
-_OBEY_S = 3.0  # of real time, to stop when called
+_CALL = signal.SIGUSR1
+_OBEY_NS = 100_000_000  # of its own processor time, to stop when called
 _STRAY_STOPS = 3
 
 
@@ -167,14 +172,14 @@ class SeccompChild:
             ran = True
             status = wait(self.pid)
             if status is None:
-                os.kill(self.pid, signal.SIGUSR1)
+                os.kill(self.pid, _CALL)
                 status = self._obeyed()
             strays = 0
             while os.WIFSTOPPED(status) and self._word(at.SEQUENCE) == sequence:
                 strays += 1  # stopped by somebody else, its registers are nowhere
                 if strays > _STRAY_STOPS:
                     os.kill(self.pid, signal.SIGKILL)
-                os.kill(self.pid, signal.SIGUSR1)
+                os.kill(self.pid, _CALL)
                 self._continue(self.pid)
                 status = self._obeyed()
             if not os.WIFSTOPPED(status):
@@ -192,14 +197,18 @@ class SeccompChild:
             raise ProcessLookupError(f"it ended with status {status:#x}")
 
     def _obeyed(self) -> int:
-        """Wait for the stop that it has been called to; one that blocks the signal is killed."""
-        deadline = time.monotonic() + _OBEY_S
+        """Wait for the stop that it has been called to.
+
+        No code can put that off: the signal is blocked in the handler alone, for some dozen instructions. One
+        that runs on all the same is killed.
+        """
+        begin = cpu_ns(self.pid)
         pauses = 0
         while True:
             pid, status = os.waitpid(self.pid, _WALL | os.WUNTRACED | os.WNOHANG)
             if pid:
                 return status
-            if time.monotonic() > deadline:
+            if cpu_ns(self.pid) - begin > _OBEY_NS:
                 os.kill(self.pid, signal.SIGKILL)
                 return os.waitpid(self.pid, _WALL)[1]
             time.sleep(0 if pauses < 20 else 0.0002)
@@ -211,19 +220,18 @@ class SeccompChild:
         if not image.PAGE <= uc <= at.FRAME_SIZE - _UC_SIZE:
             raise ProcessLookupError("its signal frame lies elsewhere")
         fp = _REGS.unpack_from(self._frame, uc + _UC_REGS)[-1] - at.FRAME
-        if not image.PAGE <= fp <= at.FRAME_SIZE - _XSTATE_END:
+        if not image.PAGE <= fp <= at.FRAME_SIZE - _XSTATE_END or fp % _FP_ALIGNMENT:
             raise ProcessLookupError("its floating-point frame lies elsewhere")
         return uc, fp
 
     def _load(self, state: GuestState) -> None:
         frame = self._frame
-        uc, fp = self._context()
+        _, fp = self._context()
         eax, ecx, edx, ebx, esp, ebp, esi, edi = state.regs
-        _REGS.pack_into(frame, uc + _UC_REGS, edi, esi, ebp, ebx, edx, eax, ecx, esp, state.eip,
-                        state.eflags | _EFLAGS_FIXED, USER_CODE32, 0, 0, state.ss, 0, 0, 0, 0, fp + at.FRAME)
-        frame[uc + _UC_REGS - 64 : uc + _UC_REGS] = bytes(64)  # r8 to r15
-        frame[uc + _UC_MASK : uc + _UC_SIZE] = bytes(8)
-        _ALT_STACK.pack_into(frame, uc + _UC_STACK, at.STACK, 0, at.FRAME + at.FRAME_SIZE - at.STACK)
+        _RETURN.pack_into(frame, at.RETURN, _EFLAGS_FIXED, edi, esi, ebp, edx, ecx, eax, ebx,
+                          state.eip, USER_CODE32, state.eflags | _EFLAGS_FIXED, esp, state.ss)
+        magic = int.from_bytes(frame[fp + _XSTATE_MAGIC_AT : fp + _XSTATE_MAGIC_AT + 4], "little")
+        struct.pack_into("<2Q", frame, at.FP_STATE, fp + at.FRAME, magic == _XSTATE_MAGIC)
         fx = state.fx[:FX_USED]
         if fx != frame[fp : fp + FX_USED]:
             frame[fp : fp + FX_USED] = fx
@@ -237,6 +245,12 @@ class SeccompChild:
         number, _, info, _, ds, es, fs, gs, fs_base, gs_base, *_ = at.WORDS.unpack_from(frame, 0)
         (edi, esi, ebp, ebx, edx, eax, ecx, esp, eip, eflags, cs, _, _, ss, error, trap, _, cr2, _
          ) = _REGS.unpack_from(frame, uc + _UC_REGS)
+        place = info - at.FRAME + _SI_CODE
+        if not 0 <= place <= at.FRAME_SIZE - 4:
+            raise ProcessLookupError("its signal frame lies elsewhere")
+        (code,) = struct.unpack_from("<i", frame, place)
+        if code <= 0 and cs == USER_CODE64 and eip in at.RETURNING:
+            return Kicked()  # before anything ran: `state` is what it was loaded from
         state.regs[:] = [value & 0xFFFF_FFFF for value in (eax, ecx, edx, ebx, esp, ebp, esi, edi)]
         state.eip, state.eflags = eip & 0xFFFF_FFFF, eflags & ~_RF
         state.ss, state.ds, state.es, state.fs, state.gs = ss, ds, es, fs, gs
@@ -244,10 +258,6 @@ class SeccompChild:
         state.fx[:FX_USED] = frame[fp : fp + FX_USED]
         if cs != USER_CODE32:
             return ForeignMode(cs)
-        place = info - at.FRAME + _SI_CODE
-        if not 0 <= place <= at.FRAME_SIZE - 4:
-            raise ProcessLookupError("its signal frame lies elsewhere")
-        (code,) = struct.unpack_from("<i", frame, place)
         if code <= 0:  # from kill(): the node's, or somebody's
             return Kicked()
         match number:

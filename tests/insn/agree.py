@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
-from tests.insn.executors import EXECUTORS, NATIVE, available
+from tests.insn.executors import EVERY, NATIVE, available
 from tests.insn.forms import count_forms
 from tests.insn.generate import VARIATIONS, Generator
 from tests.insn.judge import Verdict, judge, no_verdict
@@ -51,7 +51,7 @@ def _judge(report: Report, seed: int, made: _Round, name: str, outcomes: Sequenc
     for i, (case, native, reason, other) in enumerate(
         zip(made.batch.cases, made.native, made.reasons, outcomes, strict=True)
     ):
-        if not EXECUTORS[name].takes(case):
+        if not EVERY[name].takes(case):
             continue
         if reason is not None:
             report.count(name, case.group, reason)
@@ -94,7 +94,7 @@ def run(
                 if len(total.failures) >= MAX_FAILURES:
                     return total
             for name, worker in workers.items():
-                takes = EXECUTORS[name].takes
+                takes = EVERY[name].takes
                 refused = (i for i, case in enumerate(batch.cases) if not takes(case))
                 worker.send(batch, made.skip.union(refused))
             pending = made

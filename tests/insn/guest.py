@@ -9,7 +9,7 @@ Five ways to run the same case differently, none of which may change its outcome
 `base`: all segments start there (those of the LDT so much higher), and all pages lie so much higher.
 `on_demand`: no page is present until it is touched, and none writable until it is written; the page fault
 is then served here and the instruction restarted.
-`direct`: user code runs untouched in a child; BACKPLANE_TRAP_BACKEND names the trap back end.
+`direct`: user code runs untouched in a child of the trap back end of that name.
 `soft`: user code finds its data by the software TLB.
 
 Every fourth family of cases starts with its code pages as "mixed" (self-verifying translations), every eighth
@@ -123,7 +123,7 @@ class GuestRunner:
     """`run(case) -> CpuState` in the engine.  One per process, for good (it installs signal handlers)."""
 
     def __init__(
-        self, simulate: bool = False, base: int = 0, on_demand: bool = False, direct: bool = False,
+        self, simulate: bool = False, base: int = 0, on_demand: bool = False, direct: str = "",
         soft: bool = False,
     ) -> None:  # fmt: skip
         stubs_unsafe.install()
@@ -150,8 +150,7 @@ class GuestRunner:
         self._segments[0] = null(0)
         self._set_up_system()
         if direct:
-            backend = os.environ.get("BACKPLANE_TRAP_BACKEND", "auto")
-            self._engine.direct = start(self._engine, fd, "direct", backend)
+            self._engine.direct = start(self._engine, fd, "direct", direct)
             assert self._engine.direct is not None, "no trap back end works here"
 
     def _dword(self, pa: int, value: int) -> None:

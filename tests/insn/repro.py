@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from tests.insn.executors import EXECUTORS, NATIVE, TRANSLATED
+from tests.insn.executors import EVERY, NATIVE, TRANSLATED
 from tests.insn.generate import VARIATIONS, Generator
 from tests.insn.judge import Verdict, judge, no_verdict
 from tests.insn.shrink import shrink
@@ -72,7 +72,7 @@ def shrink_failure(seed: int, index: int, executor: str = TRANSLATED, whole: boo
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.insn.repro", description=__doc__)
     parser.add_argument("case", help="SEED:INDEX")
-    parser.add_argument("--executor", default=TRANSLATED, choices=tuple(EXECUTORS))
+    parser.add_argument("--executor", default=TRANSLATED, choices=tuple(EVERY))
     parser.add_argument("--whole", action="store_true", help="don't shrink")
     arguments = parser.parse_args()
     seed, index = (int(part) for part in arguments.case.split(":"))

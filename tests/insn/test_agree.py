@@ -13,7 +13,7 @@ import pytest
 
 from tests.insn.conform import DEFAULT_SEED, Plan, explain, run_all
 from tests.insn.exclusions import EXCLUDED, TESTED_ROWS
-from tests.insn.executors import DIRECT, EXECUTORS, SOFT, SOFT_RESTARTED, available
+from tests.insn.executors import DIRECT, EVERY, SOFT, SOFT_RESTARTED, available
 from tests.insn.forms import summary
 from tests.insn.generate import VARIATIONS, Generator
 from tests.insn.groups import GROUPS, group_of
@@ -30,19 +30,19 @@ ALWAYS_COMPLETE = ("rows of the", "forms of 32-bit", "forms of 16-bit", "segment
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run_all(Plan(SEED, CASES, JOBS, available()))
+    return run_all(Plan(SEED, CASES, JOBS, available(EVERY)))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", EVERY)
 def test_an_executor_does_what_the_host_does(report: Report, executor: str) -> None:
-    if executor not in available():
+    if executor not in available(EVERY):
         pytest.skip("this host does not allow it")
     failures = [failure for failure in report.failures if failure.executor == executor]
     assert not failures, explain(failures)
     assert not report.failures, "another executor's differences ended the run"
     tried, agreed, masked, excluded, differ = report.row(executor, None)
     cases = -(-CASES // VARIATIONS) * VARIATIONS
-    assert cases // 3 < tried < cases if executor in (DIRECT, SOFT, SOFT_RESTARTED) else tried == cases
+    assert cases // 3 < tried < cases if executor in (*DIRECT.values(), SOFT, SOFT_RESTARTED) else tried == cases
     assert tried == agreed + masked + excluded
     assert differ == 0
     assert agreed + masked >= LEAST_AGREED * tried

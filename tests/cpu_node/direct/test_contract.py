@@ -18,6 +18,7 @@ from cpu_node.direct.exits import (
     FX_USED,
     USER_DATA,
     Breakpoint,
+    DirectUnavailable,
     Fault,
     ForeignMode,
     Gone,
@@ -39,6 +40,7 @@ from tests.cpu_node.direct.rig import (
     R,
     Rig,
     rig_of,
+    wait_dead,
 )
 
 LOST = 0x0A00_0000  # nothing there
@@ -91,6 +93,16 @@ def test_registers_go_in_and_come_out(rig: Rig) -> None:
     assert rig.state.eflags == 0xCD5 | 0x202
     rig.state.eflags = 0x202
     assert rig.run() is not None
+    assert rig.run("int 0x80") == SystemCall()
+    assert rig.state.eflags == 0x202
+
+
+@pytest.mark.parametrize("flag", [0x4000, 0x4_0000, 0x400])  # NT, AC, DF
+def test_a_flag_that_code_has_set_is_gone_when_it_is_taken_away(rig: Rig, flag: int) -> None:
+    """Not that of ID (execution.py): ptrace leaves it as it is. rt_sigreturn leaves NT, too."""
+    assert rig.run(f"pushfd; or dword ptr [esp], {flag}; popfd; int 0x80") == SystemCall()
+    assert rig.state.eflags & flag
+    rig.state.eflags = 0x202
     assert rig.run("int 0x80") == SystemCall()
     assert rig.state.eflags == 0x202
 
@@ -261,8 +273,7 @@ def test_a_dead_child_is_said_to_be_gone(rig: Rig) -> None:
 def test_a_child_that_died_while_it_was_stopped_has_run_nothing(rig: Rig) -> None:
     assert rig.run("int 0x80") == SystemCall()
     os.kill(rig.child.pid, signal.SIGKILL)
-    while Path(f"/proc/{rig.child.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-        time.sleep(0.001)
+    wait_dead(rig.child.pid)
     event = rig.run()
     assert isinstance(event, Gone)
     assert not event.ran
@@ -339,15 +350,15 @@ with rig_of({name!r}) as rig:
         assert node.stdout is not None
         pid = int(node.stdout.readline() or pytest.skip("this host forbids it"))
         node.kill()
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
-        assert time.monotonic() < deadline, "the child lives on"
-        time.sleep(0.01)
+    wait_dead(pid)  # the time limit of pytest's ends a wait in vain
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_examination(name: str) -> None:
-    found = examine(MAKERS[name])
+    try:
+        found = examine(MAKERS[name])
+    except DirectUnavailable as error:
+        pytest.skip(f"this host forbids it: {error}")
     assert found.ns_per_trap > 0
 
     assert b"\x0f\xa2" in found.forbidden

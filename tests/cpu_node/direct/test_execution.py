@@ -32,6 +32,7 @@ from tests.cpu_node.board import (
 )
 from tests.cpu_node.child import isolated
 from tests.cpu_node.direct.boards import direct_of, user_board
+from tests.cpu_node.direct.rig import wait_dead
 
 BACKENDS = sorted(MAKERS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -324,7 +325,7 @@ def test_a_child_that_dies_is_replaced(backend: str) -> None:
         assert isinstance(window, ChildWindow)
         killed.append(window.child.pid)
         os.kill(killed[-1], signal.SIGKILL)
-        time.sleep(0.05)
+        wait_dead(killed[-1])
 
     board.on_port = kill
     board.handler("out 0x80, al", 0x81, dpl=3)

@@ -22,7 +22,7 @@ class GrantRefused(RuntimeError):
     """The memory node refused the region, or is not there."""
 
 
-def attach(run_dir: str | Path, region: str, writable: bool, timeout_s: float = 5.0) -> tuple[int, int]:
+def attach(run_dir: str | Path, region: str, writable: bool, timeout_s: float = 60.0) -> tuple[int, int]:
     """Descriptor (the caller's to close) and size of a region; waits for a memory node that is starting."""
     path = Path(run_dir) / SOCKET_NAME
     deadline = time.monotonic() + timeout_s

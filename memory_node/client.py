@@ -18,7 +18,7 @@ from memory_node import wire
 from memory_node.regions import Region
 
 SOCKET_NAME = "memory.sock"
-CONNECT_S = 5.0  # how long to wait for a memory node that is starting
+CONNECT_S = 60.0  # how long to wait for a memory node that is starting
 REPLY_S = 60.0  # a dump of 3 GiB to a slow disk
 
 

@@ -7,6 +7,10 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # Machines keep their translations there; what the user has is neither used nor filled by tests.
 if "BACKPLANE_TESTS" not in os.environ:  # not once more in pytest-xdist's workers
@@ -16,3 +20,11 @@ if "BACKPLANE_TESTS" not in os.environ:  # not once more in pytest-xdist's worke
 # A shell starts background jobs with SIGINT ignored, and children inherit that; tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose name is short enough for sockets in folders in it; that of pytest's tmp_path, with the
+    names of user, worker and test in it, may not be. The environment's TMPDIR may be anything, too."""
+    with tempfile.TemporaryDirectory(prefix="bp", dir="/tmp") as name:
+        yield Path(name)

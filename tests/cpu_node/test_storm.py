@@ -23,6 +23,7 @@ from tests.cpu_node.board import (
 )
 from tests.cpu_node.child import isolated
 
+ENOUGH = 20  # disturbances that a test must have seen
 STORM = f"""
     mov ecx, 1000000
     mov esi, {DATA:#x}
@@ -136,12 +137,12 @@ def test_storm(kind: str, where: str) -> None:
             board.intr = True
         signal.setitimer(signal.ITIMER_REAL, moments.uniform(20e-6, 400e-6))
 
-    fresh()
     board.on_poll = poll
-    signal.setitimer(signal.ITIMER_REAL, 0.0001)
-    board.run(None)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    assert _storm_state(board) == expected
-    assert signals[0] > 20
-    if kind == "interrupts":
-        assert board.peek32(COUNTER) > 20
+    came = 0
+    while came <= ENOUGH:  # how many come in one run is the host's business
+        fresh()
+        signal.setitimer(signal.ITIMER_REAL, 0.0001)
+        board.run(None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert _storm_state(board) == expected
+        came += board.peek32(COUNTER) if kind == "interrupts" else signals[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ from devices.backends import INPUT_MAX, LOG_LINE_MAX, SCROLL_BACK, ConsoleBackEn
 
 
 @pytest.fixture
-def path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="bp") as name:
-        yield Path(name) / "console-uart0.sock"
+def path(short_path: Path) -> Path:
+    return short_path / "console-uart0.sock"
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ def console(path: Path) -> Iterator[ConsoleBackEnd]:
 
 def attach(path: Path) -> socket.socket:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    client.settimeout(20)
+    client.settimeout(240)
     client.connect(str(path))
     return client
 
@@ -140,7 +138,7 @@ def test_close_delivers_everything_even_to_who_has_just_connected(path: Path) ->
             ]
             for reader in readers:
                 reader.start()
-            console.close(20)
+            console.close(240)
             for reader in readers:
                 reader.join()
     assert collected["attached"] == text * 8

@@ -64,7 +64,7 @@ class FakeCpu:
         return typed
 
     def _read(self, offset: int) -> int:
-        reply = self.endpoint.request(self.uart, Read("regs", offset, 1), 10 * SECOND)
+        reply = self.endpoint.request(self.uart, Read("regs", offset, 1), 240 * SECOND)
         assert isinstance(reply, ReadReply)
         return reply.value
 

@@ -253,6 +253,7 @@ def test_a_runtime_directory_that_cannot_be_written(
     blocker: str,
     tmp_path: Path,
     machine_file: Path,
+    runtime: Path,
     monkeypatch: pytest.MonkeyPatch,
     launcher: Callable[..., Command],
 ) -> None:
@@ -262,7 +263,7 @@ def test_a_runtime_directory_that_cannot_be_written(
     command = launcher("idle", "up", machine_file)
     assert command.finish() == 2
     assert_one_line(command.errors.decode(), "the run directory can't be made")
-    assert_nothing_left(tmp_path / "run")
+    assert_nothing_left(runtime)
 
 
 def test_a_runtime_directory_whose_path_is_too_long(

@@ -227,7 +227,7 @@ def test_ctrl_c_at_any_moment_of_the_start(
     os.killpg(command.pid, signal.SIGINT)
     status = command.finish()
     if b"File" in command.errors and step < 6:
-        assert status == 1  # the interpreter had not come to main() yet
+        assert status in (1, -signal.SIGINT)  # the interpreter had not come to main() yet
     else:
         assert status in (-signal.SIGINT, 130)
         assert b"Traceback" not in command.errors
@@ -269,11 +269,14 @@ def test_detached_machine_ps_console_down(machine_file: Path, runtime: Path, lau
     assert b"fake: running; see `launcher ps`" in up.output
     assert up.errors == b""
 
-    ps = launcher("echo", "ps")
-    assert ps.finish() == 0
-    lines = ps.output.decode().splitlines()
-    assert lines[0] == "machine fake"
-    assert lines[1].split() == " ".join(COLUMNS).split()
+    silent = True
+    while silent:  # a busy host: some answer later than `ps` waits
+        ps = launcher("echo", "ps")
+        assert ps.finish() == 0
+        lines = ps.output.decode().splitlines()
+        assert lines[0] == "machine fake"
+        assert lines[1].split() == " ".join(COLUMNS).split()
+        silent = any("silent" in line for line in lines)
     rows = {line.split()[0]: line.split() for line in lines[2:]}
     assert list(rows) == ["launcher", "forkserver", "memory", "uart0", "pic", "cpu0"]
     for node, row in rows.items():

@@ -82,7 +82,7 @@ def test_the_idlest_core_is_chosen() -> None:
     assert load.idlest({0}) == 0
     assert dialogue_cores("any", load) == ()
     assert dialogue_cores(3, load) == (3,)
-    assert set(dialogue_cores("auto", load)) < os.sched_getaffinity(0) or os.cpu_count() == 1
+    assert set(dialogue_cores("auto", load)) < os.sched_getaffinity(0) or len(os.sched_getaffinity(0)) == 1
 
 
 def test_the_counters_frequency_agrees_with_itself() -> None:
@@ -158,12 +158,12 @@ def test_children_report_their_status(tmp_path: Path) -> None:
     try:
         for status in (0, 3):
             child = server.fork(spec(tmp_path, "exits_with", status=status))
-            assert os.waitstatus_to_exitcode(server.wait_status(child, 30.0) or 0) == status
+            assert os.waitstatus_to_exitcode(server.wait_status(child, 240.0) or 0) == status
             os.close(child.pidfd)
         child = server.fork(spec(tmp_path, "sleeps"))
         assert server.wait_status(child, 0.0) is None
         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-        assert server.wait_status(child, 30.0) == signal.SIGKILL
+        assert server.wait_status(child, 240.0) == signal.SIGKILL
     finally:
         server.stop()
         server.stop()
@@ -174,7 +174,7 @@ def test_what_children_inherit(tmp_path: Path) -> None:
     server = ForkServer.start(["tests.launcher.test_parts"])
     try:
         child = server.fork(spec(tmp_path, "looks"))
-        server.wait_status(child, 30.0)
+        server.wait_status(child, 240.0)
     finally:
         server.stop()
     assert (tmp_path / "log").read_text() == "[0, 1, 2] True True\ntitle node\n"

@@ -23,6 +23,6 @@ def guest_files() -> None:
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> Path:
+def runtime(short_path: Path) -> Path:
     """BACKPLANE_RUNTIME_DIR of one test."""
-    return tmp_path / "run"
+    return short_path / "run"

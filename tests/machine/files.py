@@ -9,7 +9,7 @@ from tests.machine.drive import ROOT
 
 GUEST = ROOT / "build" / "guest"
 GUESTS = Path(__file__).parent / "guests"
-CMDLINE = "console=ttyS0 panic=-1 nokaslr mitigations=off"
+CMDLINE = "console=ttyS0 panic=-1 nokaslr mitigations=off no_timer_check"
 
 DEVICES = """
 [[device]]

@@ -39,13 +39,13 @@ def descendants(root: int) -> set[int]:
 
 
 def titles(machine: str) -> dict[str, int]:
-    """node -> pid of the living processes whose title is "backplane MACHINE: NODE", as `ps` shows it."""
+    """node -> pid of the living processes below this one that `ps` shows as "backplane MACHINE: NODE"."""
     prefix = f"backplane {machine}: "
     found = {}
-    for pid in _pids():
-        with contextlib.suppress(OSError, IndexError):
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0")
-            if title.startswith(prefix) and _stat(pid)[0] != "Z":
+            if title.startswith(prefix):
                 found[title.removeprefix(prefix)] = pid
     return found
 

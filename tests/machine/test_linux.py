@@ -6,6 +6,7 @@ One machine of each kind is booted and serves all tests; a test that leaves it u
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 import time
@@ -42,8 +43,10 @@ BURST = 2000
 WIDTH = 200  # columns; busybox breaks longer command lines
 SLEEP_S = 10
 ACCURACY = 0.01
-SLEEPS = 4  # attempts
+SLEEPS = 20  # attempts
+DATE_S = 30  # what a busy host may put between the guest's look at its RTC and its clock
 CLOCK_LOOKS = 8
+UPTIME_STEP_S = 0.01  # of /proc/uptime, which cuts off
 
 
 class Computer:
@@ -174,9 +177,13 @@ def test_a_loop_of_forks(shell: Screen) -> None:
 
 def test_the_answer_to_the_cursor_query_is_understood(shell: Screen) -> None:
     """A terminal tells where its cursor is, which busybox asks for at each prompt."""
-    shell.type("\x1b[1;5R")
-    time.sleep(1)  # what follows an escape sequence at once is taken for a part of it
-    assert shell.run("echo here") == "here\n"
+    for pause_s in (1, 5, 25, 125):  # what follows an escape sequence soon is taken for a part of it
+        shell.type("\x1b[1;5R")
+        time.sleep(pause_s)
+        said = shell.run("echo here")
+        if said == "here\n":
+            break
+    assert said == "here\n"
 
 
 def test_history_and_line_editing(shell: Screen) -> None:
@@ -222,45 +229,53 @@ def test_a_burst_of_input_is_whole(shell: Screen) -> None:
 
 
 def test_the_clock_runs_right(shell: Screen) -> None:
-    """Against the host's. A busy host delays everything, so of several looks the least delayed one counts."""
+    """Against the host's. A busy host delays everything: each look at the guest's clock lies between two at
+    the host's, and it is looked on until the time passed is long beside that."""
 
-    def guest_minus_host() -> float:
-        looks = []
+    def guest_minus_host() -> tuple[float, float]:
+        """At least and at most."""
+        least, most = -math.inf, math.inf
         for _ in range(CLOCK_LOOKS):
+            asked = time.monotonic()
             shell.type("read up rest </proc/uptime; echo at $up\n")
             up = float(shell.wait_for(re.compile(rb"\nat (\d+\.\d\d)\r\n"))[1])
-            looks.append((up - time.monotonic(), up))
+            least, most = max(least, up - time.monotonic()), min(most, up + UPTIME_STEP_S - asked)
             shell.prompt()
-        return max(looks)
+        return least, most
 
     def elapsed(seconds: int) -> float:
         said = shell.run(f"read a b </proc/uptime; sleep {seconds}; read c d </proc/uptime; echo $a $c")
         start, end = map(float, said.split())
         return end - start
 
-    before, up_before = guest_minus_host()
+    start_s, (least_before, most_before) = time.monotonic(), guest_minus_host()
     start_up = min(elapsed(0) for _ in range(CLOCK_LOOKS))  # of a process
     slept = [elapsed(SLEEP_S)]
     while min(slept) - start_up > SLEEP_S * (1 + ACCURACY) and len(slept) < SLEEPS:
         slept.append(elapsed(SLEEP_S))
-    after, up_after = guest_minus_host()
-    rate = (after - before) / (up_after - up_before)
-    print(f"guest clock {rate:+.5%} fast, sleep {SLEEP_S}: {slept}, sleep 0: {start_up:.2f}")
-    assert abs(rate) < ACCURACY
+    slowest, fastest = -1.0, 1.0
+    while fastest - slowest > ACCURACY:
+        least, most = guest_minus_host()
+        passed_s = time.monotonic() - start_s
+        slowest, fastest = (least - most_before) / passed_s, (most - least_before) / passed_s
+    print(f"guest clock {slowest:+.4%} to {fastest:+.4%} fast, sleep {SLEEP_S}: {slept}, 0: {start_up:.2f}")
+    assert fastest > -ACCURACY
+    assert slowest < ACCURACY
     assert SLEEP_S * (1 - ACCURACY) <= min(slept) - start_up <= SLEEP_S * (1 + ACCURACY)
 
 
 def test_the_date_is_the_host_s(shell: Screen) -> None:
     before = time.time()
     guest = int(shell.run("date +%s"))
-    assert before - 3 <= guest <= time.time() + 3
+    assert before - DATE_S <= guest <= time.time() + DATE_S
 
 
 def test_every_part_is_a_process(computer: Computer, shell: Screen) -> None:
     parts = [part for part in (*PARTS, "ioapic") if part != "ioapic" or computer.kind == "apic"]
-    rows = {
-        row[0]: row for line in command("ps", runtime=computer.runtime).splitlines() if (row := line.split())
-    }
+    said = "silent"
+    while "silent" in said:  # a busy host: some answer later than `ps` waits
+        said = command("ps", runtime=computer.runtime)
+    rows = {row[0]: row for line in said.splitlines() if (row := line.split())}
     assert set(parts) <= set(rows)
     on_host = titles(computer.name)
     for part in set(parts) - {"launcher", "forkserver"}:

@@ -98,7 +98,7 @@ def main() -> int:
         return 0
     subjects = [name.strip() for name in options.only.split(",")] if options.only else [*SUBJECTS]
     names = [(options.seed, subject, index) for index in range(options.n) for subject in subjects]
-    tallies = sharded(names, os.cpu_count() or 1, with_qemu, with_unicorn)
+    tallies = sharded(names, len(os.sched_getaffinity(0)), with_qemu, with_unicorn)
     for row in [HEAD, *rows(tallies)]:
         print(f"{row[0]:28}" + "".join(f"{cell:>24}" for cell in row[1:]))
     different = [(subject, *case) for subject, tally in tallies.items() for case in sorted(tally.different)]

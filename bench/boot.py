@@ -27,7 +27,7 @@ from statistics import median
 REPO = Path(__file__).resolve().parents[1]
 GUEST = REPO / "build" / "guest"
 SCRATCH = REPO / "build" / "bench"
-CMDLINE = "console=ttyS0 panic=-1 nokaslr mitigations=off"
+CMDLINE = "console=ttyS0 panic=-1 nokaslr mitigations=off no_timer_check"
 MARKS = {"kernel": b"Linux version", "ready": b"GUEST-READY", "bench": b"BENCH-DONE", "end": b"GUEST-END"}
 
 

@@ -1,15 +1,14 @@
 """Frames to bytes and back: msgpack arrays `[version, kind, seq, trace, span, clock_ns, *fields]`.
 
 Whatever arrives, decode returns a frame or raises BadFrame. Types are checked field by field against the
-dataclasses; what the values mean is the receiver's to judge.
+structs; what the values mean is the receiver's to judge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from operator import attrgetter
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgpack
 
@@ -98,19 +97,20 @@ def _writes(value: Any) -> tuple[PostedWrite, ...]:
     return tuple(map(tuple, value))
 
 
-_READER_OF: dict[Any, Callable[[Any], Any]] = {
-    int: _int,
-    int | None: _int_or_none,
-    bool: _exactly(bool),
-    str: _exactly(str),
-    bytes: _exactly(bytes),
-    dict[str, Any]: _exactly(dict),
-    tuple[PostedWrite, ...]: _writes,
+# By the annotation as it is written: to evaluate them all would cost every process some milliseconds.
+_READER_OF: dict[str, Callable[[Any], Any]] = {
+    "int": _int,
+    "int | None": _int_or_none,
+    "bool": _exactly(bool),
+    "str": _exactly(str),
+    "bytes": _exactly(bytes),
+    "dict[str, Any]": _exactly(dict),
+    "tuple[PostedWrite, ...]": _writes,
 }
 
 
 def _values_of(cls: type[Frame]) -> Callable[[Frame], tuple[Any, ...]]:
-    names = [f.name for f in fields(cls)]
+    names = cls.__struct_fields__
     if not names:
         return lambda frame: ()
     if len(names) == 1:
@@ -121,6 +121,6 @@ def _values_of(cls: type[Frame]) -> Callable[[Frame], tuple[Any, ...]]:
 
 _VALUES_OF = {cls: _values_of(cls) for cls, _ in TABLE.values()}
 _READERS: dict[int, tuple[type[Frame], tuple[Callable[[Any], Any], ...]]] = {
-    kind: (cls, tuple(_READER_OF[get_type_hints(cls)[f.name]] for f in fields(cls)))
+    kind: (cls, tuple(_READER_OF[cls.__annotations__[name]] for name in cls.__struct_fields__))
     for kind, (cls, _) in TABLE.items()
 }

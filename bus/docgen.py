@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -82,7 +81,7 @@ def _frame_table(kinds: list[int]) -> str:
 
 def _fields(cls: type[Frame]) -> str:
     hints = get_type_hints(cls)
-    return "<br>".join(f"`{f.name}` {WIRE_NAME[hints[f.name]]}" for f in fields(cls))
+    return "<br>".join(f"`{name}` {WIRE_NAME[hints[name]]}" for name in cls.__struct_fields__)
 
 
 def _meaning(cls: type[Frame]) -> str:

@@ -1,4 +1,4 @@
-"""Every message that travels on the bus: one frozen dataclass each, numbered in one table.
+"""Every message that travels on the bus: one frozen struct each, numbered in one table.
 
 On the wire a frame is a msgpack array `[version, kind, seq, trace, span, clock_ns, *fields]`
 (bus/codec.py). docs/bus-protocol.md is generated from this file; the first line of each docstring
@@ -13,8 +13,9 @@ Rules
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+
+import msgspec
 
 PROTOCOL_VERSION = 1
 Direction = Literal["one-way", "request", "reply"]
@@ -32,16 +33,14 @@ class Header(NamedTuple):
 PostedWrite = tuple[str, int, int, int]  # region, offset, width, value
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True):
     """Base of all messages."""
 
 
 # --- register access: CPU node -> device ------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Read(Frame):
+class Read(Frame, frozen=True):
     """Read one register of `region` (a port range or MMIO range); synchronous."""
 
     region: str
@@ -49,15 +48,13 @@ class Read(Frame):
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReadReply(Frame):
+class ReadReply(Frame, frozen=True):
     """The value read, zero-extended."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Write(Frame):
+class Write(Frame, frozen=True):
     """Write one register; synchronous."""
 
     region: str
@@ -66,20 +63,17 @@ class Write(Frame):
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class WriteReply(Frame):
+class WriteReply(Frame, frozen=True):
     """The write and all its effects are done, and the mirror page shows them."""
 
 
-@dataclass(frozen=True, slots=True)
-class PostedBatch(Frame):
+class PostedBatch(Frame, frozen=True):
     """Register writes in program order, without an answer."""
 
     writes: tuple[PostedWrite, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StringIn(Frame):
+class StringIn(Frame, frozen=True):
     """`rep ins`: read the same register `count` times."""
 
     region: str
@@ -88,15 +82,13 @@ class StringIn(Frame):
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class StringInReply(Frame):
+class StringInReply(Frame, frozen=True):
     """`count * width` bytes, in the order in which they were read."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StringOut(Frame):
+class StringOut(Frame, frozen=True):
     """`rep outs`: write `data`, `width` bytes at a time, to the same register."""
 
     region: str
@@ -105,16 +97,14 @@ class StringOut(Frame):
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StringOutReply(Frame):
+class StringOutReply(Frame, frozen=True):
     """All of the string is written."""
 
 
 # --- interrupts -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Line(Frame):
+class Line(Frame, frozen=True):
     """An interrupt line changed: device -> every controller. `source` names the driver, as `node.line`."""
 
     irq: int
@@ -122,27 +112,23 @@ class Line(Frame):
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class Intr(Frame):
+class Intr(Frame, frozen=True):
     """The 8259's INT pin changed: PIC -> CPU node."""
 
     level: bool
 
 
-@dataclass(frozen=True, slots=True)
-class IntAck(Frame):
+class IntAck(Frame, frozen=True):
     """The CPU's INTA cycles: CPU node -> PIC; synchronous."""
 
 
-@dataclass(frozen=True, slots=True)
-class IntAckReply(Frame):
+class IntAckReply(Frame, frozen=True):
     """The vector, or nil when INT was no longer high: then no INTA took place and nothing is acknowledged."""
 
     vector: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class ApicMessage(Frame):
+class ApicMessage(Frame, frozen=True):
     """An interrupt message on the APIC bus: I/O APIC -> every CPU node, which matches `dest` itself."""
 
     vector: int
@@ -153,8 +139,7 @@ class ApicMessage(Frame):
     level_assert: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Eoi(Frame):
+class Eoi(Frame, frozen=True):
     """End of a level-triggered interrupt: CPU node -> every I/O APIC."""
 
     vector: int
@@ -163,92 +148,77 @@ class Eoi(Frame):
 # --- control --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Ping(Frame):
+class Ping(Frame, frozen=True):
     """Are you there?"""
 
 
-@dataclass(frozen=True, slots=True)
-class Pong(Frame):
+class Pong(Frame, frozen=True):
     """Yes, and all frames sent to me on this stream before the Ping are handled."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reset(Frame):
+class Reset(Frame, frozen=True):
     """The RESET pin. `start` is empty for devices; for a CPU node it holds the registers to start with."""
 
-    start: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ResetReply(Frame):
+class ResetReply(Frame, frozen=True):
     """Reset is done, lines are driven anew."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stats(Frame):
+class Stats(Frame, frozen=True):
     """Ask for the counters."""
 
 
-@dataclass(frozen=True, slots=True)
-class StatsReply(Frame):
+class StatsReply(Frame, frozen=True):
     """Counters by name, see bus/counters.py."""
 
     counters: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Timing(Frame):
+class Timing(Frame, frozen=True):
     """Begin or end to measure where a CPU's time goes; beginning anew starts from zero."""
 
     on: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TimingReply(Frame):
+class TimingReply(Frame, frozen=True):
     """It will be so from the next instruction on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Save(Frame):
+class Save(Frame, frozen=True):
     """Ask for the state record."""
 
 
-@dataclass(frozen=True, slots=True)
-class SaveReply(Frame):
+class SaveReply(Frame, frozen=True):
     """The versioned state record, plain data."""
 
     state: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Load(Frame):
+class Load(Frame, frozen=True):
     """Replace the state by a saved record and drive all lines again."""
 
     state: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReply(Frame):
+class LoadReply(Frame, frozen=True):
     """The record fits and is in force."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown(Frame):
+class Shutdown(Frame, frozen=True):
     """Handle what has arrived, flush the host side, exit 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event(Frame):
+class Event(Frame, frozen=True):
     """News for the launcher: `kind` is a word such as ready, poweroff, reset, log; `text` is one line."""
 
     kind: str
     text: str
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Refused(Frame):
+class Refused(Frame, frozen=True):
     """The answer to a frame that is malformed or can't be served; `reason` is one line."""
 
     reason: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import fields
 from typing import Any, get_type_hints
 
 import msgpack
@@ -37,7 +36,7 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
 def frames() -> st.SearchStrategy[Frame]:
     def of(cls: type[Frame]) -> st.SearchStrategy[Frame]:
         hints = get_type_hints(cls)
-        return st.builds(cls, **{f.name: BY_TYPE[hints[f.name]] for f in fields(cls)})
+        return st.builds(cls, **{name: BY_TYPE[hints[name]] for name in cls.__struct_fields__})
 
     return st.one_of([of(cls) for cls, _ in TABLE.values()])
 

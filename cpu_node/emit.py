@@ -11,11 +11,13 @@ Left out: 16-bit addresses, 16-bit pushes and jumps, FS/GS on string sources: th
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
+from cpu_node.assembled import assemble
 from cpu_node.decode import CS, FS, GS, Insn, TooLong, Undefined, decode
 from cpu_node.emit_system import system_leaf
 from cpu_node.encode import (
@@ -49,7 +51,6 @@ from cpu_node.encode import (
     opcode_bytes,
     with_va,
 )
-from cpu_node.stubs_unsafe import assemble
 
 LEA_RSI, LEA_RDI = b"\x4a\x8d\x34\x2e", b"\x4a\x8d\x3c\x2f"  # lea rsi, [rsi+r13]
 CUT_ESI, CUT_EDI = b"\x89\xf6", b"\x89\xff"
@@ -91,20 +92,24 @@ def popf(user: bool, load: str = "mov r9d, gs:[esp]") -> Function:
     return lambda page, offset, va: code(page, offset, va)[:-1] + POPPED
 
 
-PUSHF = assemble(
-    f"""
-    mov r10, rsp
-    mov rsp, [r15+{at.HOST_RSP}]
-    pushfq
-    pop r9
-    mov rsp, r10
-    mov r8d, [r15+{at.INTERRUPT_FLAG}]
-    lea r8d, [r8+r9-0x200]
-    mov r9d, [r15+{at.SYSTEM_FLAGS}]
-    lea r8d, [r8+r9]
-    """,
-    0,
-)
+@functools.cache
+def pushf() -> bytes:
+    return assemble(
+        f"""
+        mov r10, rsp
+        mov rsp, [r15+{at.HOST_RSP}]
+        pushfq
+        pop r9
+        mov rsp, r10
+        mov r8d, [r15+{at.INTERRUPT_FLAG}]
+        lea r8d, [r8+r9-0x200]
+        mov r9d, [r15+{at.SYSTEM_FLAGS}]
+        lea r8d, [r8+r9]
+        """,
+        0,
+    )
+
+
 _CLI = b"\x41\xc7\x47" + bytes((at.INTERRUPT_FLAG,)) + bytes(4)
 _STI = with_va(f"""
     mov r9d, ecx
@@ -118,9 +123,13 @@ fine:
     mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0x200
 """)
 _POPF_KERNEL, _POPF_USER = popf(False), popf(True)
-STI_ECX_IN_R9 = (3, len(_STI(b"", 0, 0)) - 11)  # host bytes between which ECX is in r9d (rollback.py)
 _PUSHA = b"".join(WINDOW + bytes((0x89, 0x44 | r << 3, 0x24, 0x100 - 4 * (r + 1))) for r in range(8))
 _POPA = b"".join(WINDOW + bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))) for r in range(7, -1, -1) if r != 4)
+
+
+def sti_has_ecx_in_r9(delta: int) -> bool:
+    """Is the guest's ECX in r9d, `delta` bytes into the host code of STI?"""
+    return 3 <= delta <= len(_STI(b"", 0, 0)) - 11
 
 
 class Templates:
@@ -313,7 +322,7 @@ class Templates:
         return self._simulate(insn) if insn.opsize16 else self._make(insn, _POPA + b"\x8d\x64\x24\x20")
 
     def _pushf(self, insn: Insn) -> Leaf:
-        return self._simulate(insn) if insn.opsize16 else self._make(insn, PUSHF + STORE_R8 + PUSHED)
+        return self._simulate(insn) if insn.opsize16 else self._make(insn, pushf() + STORE_R8 + PUSHED)
 
     def _popf(self, insn: Insn) -> Leaf:
         if insn.opsize16:

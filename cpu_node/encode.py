@@ -5,14 +5,15 @@ Left out: anything that decides; see emit.py and emit_system.py.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cpu_node import layout as at
+from cpu_node.assembled import assemble
 from cpu_node.decode import Insn
-from cpu_node.stubs_unsafe import assemble
 
 PLACEHOLDER = 0x12345678  # in text for with_va: the guest address of the instruction
 (PLAIN, JCC, JMP, CALL, END, ICALL, FUNCTION, LOOP, SIMULATE, STOP) = range(10)
@@ -38,11 +39,17 @@ EXIT_CHAIN = bytes((0x41, 0xFF, 0x67, at.CHAIN_SLOT))
 
 
 def with_va(text: str) -> Function:
-    """Host code for `text`, in which the placeholder becomes the guest address."""
-    code = assemble(text, 0)
-    mark = struct.pack("<I", PLACEHOLDER)
-    before, after = code.split(mark)
-    return lambda page, offset, va: before + struct.pack("<I", va) + after
+    """Host code for `text`, in which the placeholder becomes the guest address. Assembled when first used."""
+
+    @functools.cache
+    def parts() -> list[bytes]:
+        return assemble(text, 0).split(struct.pack("<I", PLACEHOLDER))
+
+    def code(page: bytes, offset: int, va: int) -> bytes:
+        before, after = parts()
+        return before + struct.pack("<I", va) + after
+
+    return code
 
 
 @dataclass(frozen=True, slots=True)

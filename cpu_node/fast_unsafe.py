@@ -21,6 +21,7 @@ from array import array
 from cpu_node import fast_loop as loop
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
+from cpu_node.assembled import assemble
 from cpu_node.emit import Templates
 from cpu_node.encode import (
     CALL,
@@ -43,7 +44,6 @@ from cpu_node.encode import (
     Split,
 )
 from cpu_node.line import PAGE, Chunk, Line
-from cpu_node.stubs_unsafe import assemble
 from cpu_node.translate import MAX_INSTRUCTIONS, Translation, leaf_at
 
 _NONE = bytes(PAGE // 8)

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ from bus.frames import (
     TimingReply,
 )
 from bus.io import IoClient
+from cpu_node import assembled, stubs_unsafe, timing
 from cpu_node import layout as at
-from cpu_node import stubs_unsafe, timing
 from cpu_node.cpuid import CpuModel, host_flags
 from cpu_node.engine import Engine
 from cpu_node.errors import TripleFault
@@ -129,9 +130,13 @@ class Node:
             pic=config.controllers.pic,
             ioapics=config.controllers.ioapics,
         )
+        host = host_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
+        self._keep_assembled: Callable[[], None] = lambda: None
+        folder, tag = Path(config.translations), version(host)
+        if config.translations:
+            assembled.load(folder, tag)
         stubs_unsafe.install()
         self._rdtsc = stubs_unsafe.host_rdtsc()
-        host = host_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
         model = CpuModel(tsc_hz=config.tsc_hz, has_apic=config.apic, host=host)
         apic = None
         if config.apic:
@@ -139,7 +144,8 @@ class Node:
         self.engine = Engine(ram_fd, mmap.mmap(ram_fd, size), self, model, apic)
         self._cache = self.engine.contexts.cache
         if config.translations:
-            self._cache.store = Store(Path(config.translations), version(host), time.time)
+            self._cache.store = Store(folder, tag, time.time)
+            self._keep_assembled = lambda: assembled.keep(folder, tag)
         self._kept_ns, self._kept_instructions = time.monotonic_ns(), 0
         if config.user_mode != "translated":
             from cpu_node.direct import choose  # imports python-ptrace, which takes its time
@@ -183,6 +189,7 @@ class Node:
         os.eventfd_write(self._to_bus, 1)
         self._bus_thread.join(CLOSE_S)
         self._cache.keep(last=True)
+        self._keep_assembled()
         if self._cache.store is not None:
             self._cache.store.close()
 
@@ -195,6 +202,7 @@ class Node:
         self._kept_ns = now_ns
         if self._cache.keep(KEEP_AT_ONCE):
             self._kept_instructions = instructions
+        self._keep_assembled()
 
     def fail(self, error: Exception) -> None:
         """Say where the guest was when the CPU node broke."""

@@ -13,7 +13,7 @@ from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.cache import CodeCache
 from cpu_node.decode import TooLong, Undefined, decode
-from cpu_node.emit import CUT_EDI, CUT_ESI, STI_ECX_IN_R9
+from cpu_node.emit import CUT_EDI, CUT_ESI, sti_has_ecx_in_r9
 from cpu_node.emit_soft import SoftCode, SoftFunction
 from cpu_node.encode import EBP_FROM_R8, MOV_R8, POPPED, PUSHED
 from cpu_node.line import Line
@@ -82,7 +82,7 @@ def roll_back(record: Record, cache: CodeCache, rip: int) -> tuple[Line | None, 
     if q[at.REGS // 8 + ESP] >= 1 << 32:  # PUSHF and POPF are on the host's stack
         regs[ESP] = record.scratch(10) & 0xFFFFFFFF
     match insn.row.action:
-        case "sti" if STI_ECX_IN_R9[0] <= delta <= STI_ECX_IN_R9[1]:
+        case "sti" if sti_has_ecx_in_r9(delta):
             regs[ECX] = record.scratch(9) & 0xFFFFFFFF
         case "popf" if here[0] == 0xEB:
             regs[ESP] = regs[ESP] + 4 & 0xFFFFFFFF  # the flags are in place already

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import logging
 import os
@@ -28,8 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import keystone
-
+from cpu_node.folders import Refused, check_owner, open_folder
 from cpu_node.kept import Kept, Key, Probe, key_of, label, unpack
 from cpu_node.line import Line
 
@@ -52,8 +52,16 @@ def version(host: Iterable[str]) -> bytes:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         text = file.read_bytes()
         digest.update(f"{file.name} {len(text)}\n".encode() + text)
-    digest.update(f"{keystone.__version__}\n{' '.join(sorted(host))}\n".encode())
+    digest.update(assembler_version() + f"{' '.join(sorted(host))}\n".encode())
     return digest.digest()
+
+
+def assembler_version() -> bytes:
+    """What keystone's package says of its version, keystone itself not being loaded (it is large)."""
+    spec = importlib.util.find_spec("keystone")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("keystone is not installed")
+    return Path(spec.origin).with_name("keystone_const.py").read_bytes()
 
 
 @dataclass(slots=True, eq=False)
@@ -79,10 +87,6 @@ class _Entry:
     probe: Probe
 
 
-class Refused(Exception):
-    """A folder or file that cannot be trusted or understood; the text says why."""
-
-
 class Store:
     """The records of one version in a folder. `now_s` is a wall clock in seconds. Nothing here raises."""
 
@@ -95,8 +99,8 @@ class Store:
         self._index: dict[Key, list[_Entry]] = {}  # newest last
         self._complained = False
         try:
-            self._root = _open_folder(folder, None)
-            self._fd = _open_folder(Path(tag.hex()[:32]), self._root)
+            self._root = open_folder(folder, None)
+            self._fd = open_folder(Path(tag.hex()[:32]), self._root)
             for name in sorted(n for n in os.listdir(self._fd) if n.endswith(SUFFIX)):
                 self._open(name)
         except (OSError, Refused) as error:
@@ -165,7 +169,7 @@ class Store:
             return
         try:
             status = os.fstat(fd)
-            _check_owner(status, name)
+            check_owner(status, name)
             if not stat.S_ISREG(status.st_mode):
                 raise Refused(f"{name} is no file")
             file = _File(name, fd, status.st_size)
@@ -246,7 +250,7 @@ class Store:
         files, total = [], 0
         for folder in os.listdir(self._root):
             with contextlib.suppress(OSError, Refused):
-                fd = _open_folder(Path(folder), self._root, make=False)
+                fd = open_folder(Path(folder), self._root, make=False)
                 try:
                     files += [(os.stat(name, dir_fd=fd, follow_symlinks=False), folder, name)
                               for name in os.listdir(fd)]
@@ -281,29 +285,6 @@ class Store:
         if not self._complained:
             self._complained = True
             log.warning("kept translations, %s: %s", self.folder, text)
-
-
-def _open_folder(folder: Path, parent: int | None, make: bool = True) -> int:
-    """A descriptor of the folder, made if need be, that is the user's alone to write to. OSError, Refused."""
-    if make:
-        with contextlib.suppress(FileExistsError):
-            if parent is None:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            os.mkdir(folder, 0o700, dir_fd=parent)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        _check_owner(os.fstat(fd), str(folder))
-    except Refused:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_owner(status: os.stat_result, name: str) -> None:
-    if status.st_uid != os.geteuid():
-        raise Refused(f"{name} belongs to another user")
-    if status.st_mode & 0o022:
-        raise Refused(f"{name} can be written by others")
 
 
 def _read_index(file: _File, tag: bytes) -> list[_Entry]:

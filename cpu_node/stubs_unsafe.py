@@ -1,7 +1,7 @@
 """The hand-written machine code around translations: enter, leave, exits, the signal handler.
 
-Assembled by keystone once at start. No C or Python runs on a signal frame: the handler notes where the
-fault was, points the interrupted context at an exit stub and returns.
+Assembled by keystone, or kept from an earlier start (assembled.py). No C or Python runs on a signal frame:
+the handler notes where the fault was, points the interrupted context at an exit stub and returns.
 Register use inside generated code: see layout.py and docs/how-it-works.md.
 """
 
@@ -11,11 +11,10 @@ import functools
 import signal
 from collections.abc import Callable
 
-from keystone import KS_ARCH_X86, KS_MODE_64, Ks
-
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node import tlb_stubs
+from cpu_node.assembled import assemble
 from cpu_node.assist_stubs import assist_image
 
 _REGS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
@@ -137,17 +136,6 @@ def _handler(assists: dict[str, int], flags_from: str, tails_end: str) -> str:
         add rsp, 40
         ret
     """
-
-
-@functools.cache
-def _assembler() -> Ks:
-    return Ks(KS_ARCH_X86, KS_MODE_64)
-
-
-def assemble(text: str, ha: int) -> bytes:
-    """64-bit machine code of `text` at `ha`."""
-    code, _ = _assembler().asm(text, ha)
-    return bytes(code)
 
 
 @functools.cache

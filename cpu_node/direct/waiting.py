@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpu_node import layout as at
+from cpu_node.assembled import assemble
 from cpu_node.cache import SINGLE
-from cpu_node.stubs_unsafe import assemble
 
 if TYPE_CHECKING:
     from cpu_node.engine import Engine

@@ -137,7 +137,7 @@ def test_version_depends_on_sources_assembler_and_host(
 ) -> None:
     tags = {version(["sse", "fpu"]), version(["fpu"])}
     assert version(["fpu", "sse"]) in tags
-    monkeypatch.setattr("keystone.__version__", "0")
+    monkeypatch.setattr("cpu_node.store.assembler_version", lambda: b"0")
     tags.add(version(["fpu"]))
     monkeypatch.setattr("cpu_node.store.__file__", str(tmp_path / "store.py"))
     for text in ("", "x = 1", "x = 2"):

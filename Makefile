@@ -29,7 +29,9 @@ help:
 	@echo "make profile     where guest time goes, in a boot of Linux"
 	@echo "make clean       remove what was built; distclean: the virtual environment too"
 
+# Bytecode is made here: where PYTHONDONTWRITEBYTECODE is set no start would, and each would compile all sources.
 setup: $(INSTALLED)
+	@$(PY) -m compileall -q bus cpu_node devices launcher memory_node
 
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one or say make PYTHON=..." >&2; exit 2; }

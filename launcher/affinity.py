@@ -7,6 +7,7 @@ the launcher started. The memory node and the launcher, which are in no dialogue
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -54,3 +55,15 @@ def dialogue_cores(wanted: int | Literal["auto", "any"], load: CoreLoad) -> tupl
             return (load.idlest(os.sched_getaffinity(0)),)
         case number:
             return (number,)
+
+
+def pin(pid: int, cores: tuple[int, ...]) -> None:
+    """Have all threads of a process, if it still lives, run on these cores alone; empty: where they like.
+
+    Called when the process is ready: while a machine starts, its processes take all cores there are.
+    """
+    if not cores:
+        return
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(thread), cores)

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Preload:
+    """Modules that processes need: all of them; the one that is forked ahead; the others."""
+
+    shared: tuple[str, ...]
+    ahead: str | None = None
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EntryPoints:
     """What the processes run: "package.module.function", each called with its config."""
 
@@ -13,7 +22,8 @@ class EntryPoints:
     memory: str = "memory_node.node.run"
     device: str = "devices.host.run"
 
-    def preload(self) -> list[str]:
-        """Modules that the fork server imports once for all."""
-        entries = [entry.rpartition(".")[0] for entry in (self.cpu, self.memory, self.device)]
-        return ["zmq", "msgpack", "msgspec", "capstone", *entries]
+    def preload(self) -> Preload:
+        """What the fork server imports once for all."""
+        cpu, memory, device = (entry.rpartition(".")[0] for entry in (self.cpu, self.memory, self.device))
+        shared = ("zmq", "msgpack", "msgspec", "logging", "bus.endpoint", "bus.mirror", "bus.addressmap")
+        return Preload(shared, cpu, (memory, device, "devices.builtin"))

@@ -1,14 +1,17 @@
 """A warmed process that forks the machine's other processes.
 
 It imports once what all of them need (60 ms and more each otherwise) and then forks on request, in a
-millisecond. It is itself forked off the launcher before either has a thread or a ZeroMQ context, and
+millisecond. The child that needs most besides (the CPU node) is forked ahead of its request, and imports on
+another core while this process imports the rest. This process is itself forked off the launcher before
+either has a thread or a ZeroMQ context, and
 keeps it so: contexts do not survive a fork. Chain of life: the kernel kills this process when the
 launcher ends, however it ends, and the children when this process ends.
 
 Requests and reports are records (memory_node/wire.py) on a socket pair:
-  {"op": "fork", node, entry, config, title, log, host_cpus}  ->  {"op": "forked", node, pid} + its pidfd
+  {"op": "fork", node, entry, config, title, log}            ->  {"op": "forked", node, pid} + its pidfd
   ... later, unasked                                           ->  {"op": "exited", node, pid, status}
   once, when a module does not import                          ->  {"op": "failed", error}
+The child forked ahead is given its request as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.entries import Preload
 from launcher.errors import MachineDied
 from launcher.process_unsafe import die_with_parent, set_thread_name
 from memory_node import wire
@@ -44,7 +48,7 @@ class ChildSpec:
     config: dict[str, Any]
     title: str
     log: Path
-    host_cpus: tuple[int, ...] = ()  # the cores it may run on; empty: all
+    host_cpus: tuple[int, ...] = ()  # the cores it may run on once it is ready; empty: all
 
 
 @dataclass(slots=True)
@@ -67,7 +71,7 @@ class ForkServer:
     stopped: bool = False
 
     @classmethod
-    def start(cls, preload: Sequence[str]) -> ForkServer:
+    def start(cls, preload: Preload) -> ForkServer:
         """Fork it; it imports `preload` while the caller goes on. The caller must have one thread."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
@@ -89,7 +93,6 @@ class ForkServer:
             "config": spec.config,
             "title": spec.title,
             "log": str(spec.log),
-            "host_cpus": list(spec.host_cpus),
         }
         try:
             wire.send_record(self.sock, request)
@@ -148,18 +151,47 @@ class ForkServer:
 # ---- inside the fork server ------------------------------------------------------------------
 
 
-def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
+@dataclass(slots=True)
+class _Ahead:
+    """A child that has no request yet: it imports its module and waits."""
+
+    module: str
+    pid: int
+    pidfd: int
+    sock: socket.socket
+
+    @classmethod
+    def fork(cls, module: str) -> _Ahead:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            run_and_exit(lambda: _run_ahead(parent, theirs, module))
+        theirs.close()
+        return cls(module, pid, os.pidfd_open(pid), ours)
+
+    def take(self, request: dict[str, Any]) -> tuple[int, int] | None:
+        """Make it the child that is asked for: its pid and pidfd; None when it is there no more."""
+        try:
+            wire.send_record(self.sock, request)
+        except OSError:
+            os.close(self.pidfd)
+            return None
+        finally:
+            self.sock.close()
+        return self.pid, self.pidfd
+
+
+def _serve(sock: socket.socket, launcher: int, preload: Preload) -> None:
     die_with_parent(launcher)
     close_other_descriptors(sock.fileno())
     os.setsid()  # a Ctrl-C at the terminal is for the launcher to act on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_title("backplane: fork server", "forkserver")
-    for module in preload:
-        try:
-            importlib.import_module(module)
-        except Exception as e:  # whatever a broken installation raises, the launcher shall print it
-            wire.send_record(sock, {"op": "failed", "error": f"{module} does not import: {e!r}"})
-            raise
+    gc.disable()  # what is imported stays
+    _import(sock, preload.shared)
+    ahead = _Ahead.fork(preload.ahead) if preload.ahead is not None else None
+    _import(sock, preload.others)
     gc.freeze()  # children share these pages as long as no collection touches them
     redirect_standard(os.devnull)
     children: dict[int, tuple[int, str]] = {}  # pidfd -> pid, node
@@ -173,7 +205,10 @@ def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
                     return
                 if not children:  # the first: now we know whose fork server this is
                     set_title(f"backplane {received[0]['config']['machine']}: fork server", "forkserver")
-                pid, pidfd = _fork_child(received[0])
+                child = None
+                if ahead is not None and _module(received[0]) == ahead.module:
+                    child, ahead = ahead.take(received[0]), None
+                pid, pidfd = child or _fork_child(received[0])
                 children[pidfd] = (pid, received[0]["node"])
                 poll.register(pidfd, select.POLLIN)
                 report = {"op": "forked", "node": received[0]["node"], "pid": pid}
@@ -184,6 +219,29 @@ def _serve(sock: socket.socket, launcher: int, preload: Sequence[str]) -> None:
                 os.close(fd)
                 _, status = os.waitpid(pid, 0)
                 wire.send_record(sock, {"op": "exited", "node": node, "pid": pid, "status": status})
+
+
+def _import(sock: socket.socket, modules: Sequence[str]) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as e:  # whatever a broken installation raises, the launcher shall print it
+            wire.send_record(sock, {"op": "failed", "error": f"{module} does not import: {e!r}"})
+            raise
+
+
+def _run_ahead(parent: int, sock: socket.socket, module: str) -> None:
+    die_with_parent(parent)
+    close_other_descriptors(sock.fileno())
+    os.setsid()
+    redirect_standard(os.devnull)
+    set_title("backplane: not yet asked for", "ahead")
+    with contextlib.suppress(Exception):  # imported again when the log is open, it says there what is wrong
+        importlib.import_module(module)
+    received = wire.receive_record(sock)
+    if received is not None:
+        sock.close()
+        _run_request(received[0])
 
 
 def _fork_child(request: dict[str, Any]) -> tuple[int, int]:
@@ -198,12 +256,20 @@ def _run_child(parent: int, request: dict[str, Any]) -> None:
     die_with_parent(parent)
     close_other_descriptors()
     os.setsid()
+    _run_request(request)
+
+
+def _run_request(request: dict[str, Any]) -> None:
     redirect_standard(request["log"])
     set_title(request["title"], request["node"])
-    if request["host_cpus"]:
-        os.sched_setaffinity(0, request["host_cpus"])
-    module, _, function = request["entry"].rpartition(".")
-    getattr(importlib.import_module(module), function)(request["config"])
+    gc.freeze()
+    gc.enable()
+    function = request["entry"].rpartition(".")[2]
+    getattr(importlib.import_module(_module(request)), function)(request["config"])
+
+
+def _module(request: dict[str, Any]) -> str:
+    return str(request["entry"].rpartition(".")[0])
 
 
 def run_and_exit(body: Callable[[], None]) -> NoReturn:

@@ -20,6 +20,7 @@ from bus.endpoint import Endpoint, Received
 from bus.frames import Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, Stats, StatsReply, Timing
 from devices.host import console_path
 from launcher import report
+from launcher.affinity import pin
 from launcher.control import ControlServer
 from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
 from launcher.forkserver import Child, ChildSpec, ForkServer
@@ -126,14 +127,18 @@ class Supervisor:
         self._fork(self._launch.memory)
         self._wait_for(lambda: self._processes[MEMORY].ready, START_S, "memory is not ready")
         self._load_images()
-        for spec in self._launch.others:
+        *devices, cpu = self._launch.others
+        for spec in (cpu, *devices):  # the CPU node has most to do before it is ready
             self._fork(spec)
             self._turn(0)
+        self._processes[cpu.node] = self._processes.pop(cpu.node)  # where `ps` shows it: last
         self._wait_for(
             lambda: all(p.ready for p in self._processes.values()),
             START_S,
             lambda: "not ready: " + ", ".join(n for n, p in self._processes.items() if not p.ready),
         )
+        for spec in self._launch.others:
+            pin(self._processes[spec.node].child.pid, spec.host_cpus)
         if self._pump is not None and self._launch.console is not None:
             self._wait_for(lambda: self._console_open, START_S, "the console did not open")
 
@@ -150,8 +155,7 @@ class Supervisor:
     def _load_images(self) -> None:
         try:
             with MemoryClient(self._launch.run_dir) as memory:
-                for pa, data in self._launch.images:
-                    memory.load("ram", pa, data)
+                memory.put("ram", self._launch.images)
         except MemoryRefused as e:
             self._turn(SECOND_NS)  # if it died, its pidfd says so
             raise MachineEnd(EXIT_DIED, str(e)) from e

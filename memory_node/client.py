@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,6 +63,20 @@ class MemoryClient:
         for at in range(0, len(data), wire.DATA_MAX):
             part = bytes(view[at : at + wire.DATA_MAX])
             self._call("load", region=region, offset=offset + at, data=part)
+
+    def put(self, region: str, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Write (offset, data) pairs through a descriptor of the region: for much data at once."""
+        fd, size = self.attach(region, True)
+        try:
+            for offset, data in pieces:
+                if offset < 0 or offset + len(data) > size:
+                    raise MemoryRefused(f"{region}: {offset:#x}+{len(data):#x} is beyond its {size:#x} bytes")
+                view = memoryview(data)
+                while view:
+                    done = os.pwrite(fd, view, offset)
+                    view, offset = view[done:], offset + done
+        finally:
+            os.close(fd)
 
     def load_file(self, region: str, offset: int, path: str | Path) -> int:
         """Load a whole file; its size."""

@@ -14,7 +14,7 @@ from bus.frames import Event
 from launcher.affinity import CoreLoad, dialogue_cores, idle_ticks
 from launcher.checks import HostFacts, available_bytes, check_host, check_memory
 from launcher.config import parse_size, read_config
-from launcher.entries import EntryPoints
+from launcher.entries import EntryPoints, Preload
 from launcher.errors import ConfigError
 from launcher.forkserver import ChildSpec, ForkServer
 from launcher.journal import Journal
@@ -154,7 +154,7 @@ def looks(config: dict[str, int]) -> None:
 
 
 def test_children_report_their_status(tmp_path: Path) -> None:
-    server = ForkServer.start(["tests.launcher.test_parts"])
+    server = ForkServer.start(Preload(("tests.launcher.test_parts",)))
     try:
         for status in (0, 3):
             child = server.fork(spec(tmp_path, "exits_with", status=status))
@@ -171,7 +171,7 @@ def test_children_report_their_status(tmp_path: Path) -> None:
 
 
 def test_what_children_inherit(tmp_path: Path) -> None:
-    server = ForkServer.start(["tests.launcher.test_parts"])
+    server = ForkServer.start(Preload(("tests.launcher.test_parts",)))
     try:
         child = server.fork(spec(tmp_path, "looks"))
         server.wait_status(child, 240.0)
@@ -181,7 +181,7 @@ def test_what_children_inherit(tmp_path: Path) -> None:
 
 
 def test_children_end_with_the_fork_server(tmp_path: Path) -> None:
-    server = ForkServer.start(["tests.launcher.test_parts"])
+    server = ForkServer.start(Preload(("tests.launcher.test_parts",)))
     child = server.fork(spec(tmp_path, "sleeps"))
     server.stop()
     wait_until(lambda: process_state(child.pid)[0] in ("gone", "ended"), "the child ends")

@@ -78,6 +78,17 @@ def test_loading_reading_marks_and_maps(run_dir: Path, tmp_path: Path) -> None:
         assert stats["bytes_in_use_ram"] > 300_000
 
 
+def test_pieces_put_at_once(run_dir: Path) -> None:
+    with MemoryClient(run_dir) as memory:
+        data = os.urandom(300_001)
+        memory.put("ram", [(0x1001, data), (16 * MIB - 2, b"ab"), (0, b"")])
+        assert memory.read("ram", 0x1001, len(data)) == data
+        assert memory.read("ram", 16 * MIB - 2, 2) == b"ab"
+        for offset in (-1, 16 * MIB - 1):
+            with pytest.raises(MemoryRefused, match="beyond"):
+                memory.put("ram", [(offset, b"cd")])
+
+
 def test_refusals_name_the_reason_and_the_node_lives_on(run_dir: Path, tmp_path: Path) -> None:
     with MemoryClient(run_dir) as memory:
         with pytest.raises(MemoryRefused, match="no region 'x'"):

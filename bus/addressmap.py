@@ -135,8 +135,9 @@ class AddressMap:
             kind = PortRange if e["space"] == "port" else MmioRange
             r = dict(e["range"])
             r["widths"] = tuple(r["widths"])
-            for label in ("posted", "prompt", "mirrored", "relaxed"):
+            for label in ("posted", "prompt", "mirrored", "relaxed", "own"):
                 r[label] = frozenset(r[label])
+            r["latched"] = tuple((offset, setter) for offset, setter in r["latched"])
             slot_of = dict(e["mirror_slots"])
             new._add(Entry(e["node"], e["base"], kind(**r), e["mirror_page"], slot_of))
         for irq, node, line in plain["lines"]:
@@ -162,9 +163,10 @@ class AddressMap:
 
 
 def _classes(r: IoRange) -> str:
+    latched = {offset for offset, _ in r.latched}
     parts = [
         f"{label} +{','.join(f'{offset:x}' for offset in sorted(offsets))}"
-        for label, offsets in (("posted", r.posted), ("mirrored", r.mirrored))
+        for label, offsets in (("posted", r.posted), ("mirrored", r.mirrored), ("latched", latched))
         if offsets
     ]
     return "; ".join(parts) or "synchronous"

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from bus.codec import BadFrame
 from bus.counters import Counters
-from bus.frames import Frame, PostedBatch, PostedWrite, Refused
+from bus.frames import Frame, PostedBatch, PostedWrite, Read, Refused
 from bus.link import Link
 from bus.stream import Stream, id_source
 
@@ -59,16 +59,36 @@ class Asking:
         self._on_late(node, frame, waited_ns)
 
 
+class LatchState:
+    """What the CPU thread's own posted operations have made of a register that a read clears (mirror.Latch).
+
+    Operations are counted from 1 on: `known_at` is the last that set or cleared it, and left it as
+    `is_set`; `unknown_at` the last whose effect on it only the device knows.
+    """
+
+    __slots__ = ("is_set", "known_at", "setter", "unknown_at", "where")
+
+    def __init__(self, region: str, offset: int, setter: int) -> None:
+        self.where = region, offset
+        self.setter = region, setter
+        self.is_set = False
+        self.known_at = self.unknown_at = 0
+
+
 class Target:
     """One device as the CPU thread sees it."""
 
-    __slots__ = ("_asking", "_link", "_stream", "batch", "dirty", "node", "oldest_ns")
+    __slots__ = ("_asking", "_link", "_stream", "batch", "dirty", "last", "latches", "node", "oldest_ns",
+                 "posted")  # fmt: skip
 
     def __init__(self, node: str, link: Link, asking: Asking) -> None:
         self.node = node
         self.batch: list[PostedWrite] = []  # always this list: writers hold its append
         self.oldest_ns = 0  # when the first write entered the batch
         self.dirty = False  # posted writes may not have taken effect yet
+        self.latches: list[LatchState] = []
+        self.last: dict[tuple[str, int], int] = {}  # for registers declared `own`: the last posted write
+        self.posted = 0  # operations so far, counted only if there are such
         self._asking = asking
         self._link = link
         self._stream = Stream(asking.counters, asking.now_ns)
@@ -88,25 +108,55 @@ class Target:
             if len(batch) >= BATCH_WRITES or now_ns() - self.oldest_ns >= BATCH_AGE_NS:
                 self.send_batch()
 
-        def post_promptly(value: int) -> None:
+        def post_and_note(value: int) -> None:
             post(value)
-            if batch:
-                self.send_batch()
+            self.posted = number = self.posted + 1
+            for latch in set_by_this:
+                latch.is_set, latch.known_at = True, number
+            for latch in others:
+                latch.unknown_at = number
+            if own:
+                last[region, offset] = number
 
-        return post_promptly if prompt else post
+        last = self.last
+        own = (region, offset) in last and width
+        set_by_this = [latch for latch in self.latches if latch.setter == (region, offset) and width]
+        others = [latch for latch in self.latches if latch not in set_by_this and width]
+        put = post_and_note if self.latches or last else post
+
+        def post_promptly(value: int) -> None:
+            put(value)
+            asking.flush()  # what it is to start may wait for what was posted to another device
+
+        return post_promptly if prompt else put
+
+    def noter(self, latch: LatchState) -> Callable[[int], None]:
+        """A function that posts what the CPU has read from the mirror, which clears the latch."""
+        region, offset = latch.where
+        post = self.poster(region, offset, 0, False)
+
+        def note(value: int) -> None:
+            post(value)
+            latch.is_set, latch.known_at = False, self.posted
+
+        return note
 
     def send_batch(self) -> None:
         """Send the batch, which must not be empty."""
-        asking, writes = self._asking, tuple(self.batch)
-        self.batch.clear()
-        asking.waiting.remove(self)
-        asking.posted += len(writes)
-        asking.batches += 1
+        asking, writes = self._asking, self._take_batch()
         span = next(asking.ids)
         for _ in writes[1:]:  # every write has a span: the batch's and those after it
             next(asking.ids)
         self._send(PostedBatch(writes), span)
         self._drop_strays()
+
+    def _take_batch(self) -> tuple[PostedWrite, ...]:
+        asking, writes = self._asking, tuple(self.batch)
+        self.batch.clear()
+        asking.waiting.remove(self)
+        asking.posted += len(writes)
+        asking.batches += 1
+        return writes
 
     def tell(self, frame: Frame) -> None:
         """A one-way frame, after what was posted."""
@@ -117,12 +167,19 @@ class Target:
         self._drop_strays()
 
     def ask(self, frame: Frame, answer: type[R]) -> R:
-        """A synchronous access, after everything posted to any device."""
+        """A synchronous access, after everything posted to any device. A Read takes along what waits for
+        its own: that is one message, and one operation of the device."""
         asking = self._asking
+        carried: tuple[PostedWrite, ...] = ()
         if asking.waiting:
+            if self.batch and type(frame) is Read:
+                carried = self._take_batch()
+                frame = Read(frame.region, frame.offset, frame.width, carried)
             asking.flush()
         asking.synchronous += 1
         span = next(asking.ids)
+        for _ in carried:
+            next(asking.ids)
         started_ns = asking.now_ns()
         self._send(frame, span)
         reply = self._await(frame, span, started_ns)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from bus.addressmap import AddressMap, Entry
-from bus.asking import Target
+from bus.asking import LatchState, Target
 from bus.frames import Read, ReadReply, Write, WriteReply
-from bus.mirror import SLOT_BYTE, SLOT_FORMULA, MirrorReader, page_of
+from bus.mirror import SLOT_BYTE, SLOT_FORMULA, Latch, MirrorReader, page_of
 from bus.ranges import Space
 
 OnOpenBus = Callable[[Space, int, int, bool, int], None]  # space, address, width, is_write, value
@@ -104,6 +104,16 @@ class Binder:
         def read() -> int:
             return target.ask(ask, ReadReply).value
 
+        if width == 1 and offset in dict(entry.range.latched) and entry.mirror_page in self._mirrors:
+            latch = next(t for t in target.latches if t.where == (entry.range.name, offset))
+            return _latched_reader(
+                self._mirrors[entry.mirror_page], entry.mirror_slots[offset], target, latch, read
+            )
+        if width == 1 and offset in entry.range.own and entry.mirror_page in self._mirrors:
+            where = entry.range.name, offset
+            return _own_reader(
+                self._mirrors[entry.mirror_page], entry.mirror_slots[offset], target.last, where, read
+            )
         covered = range(offset, offset + width)
         mirror = self._mirrors.get(entry.mirror_page) if entry.mirror_page is not None else None
         if mirror is None or not entry.range.mirrored.issuperset(covered):
@@ -122,6 +132,51 @@ class Binder:
             target.ask(Write(region, offset, width, value), WriteReply)
 
         return write
+
+
+def _own_reader(
+    mirror: MirrorReader,
+    slot: int,
+    last: Mapping[tuple[str, int], int],
+    where: tuple[str, int],
+    read_synchronously: Reader,
+) -> Reader:
+    """Read a register that only posted writes of itself change."""
+    slots = mirror.slots
+
+    def read() -> int:
+        if last[where] <= mirror.done:
+            entry = slots[slot]
+            if entry & SLOT_BYTE:
+                return entry & 0xFF
+        return read_synchronously()
+
+    return read
+
+
+def _latched_reader(
+    mirror: MirrorReader, slot: int, target: Target, latch: LatchState, read_synchronously: Reader
+) -> Reader:
+    """Read a register that reading clears, without asking: what is on its way to the device is known here,
+    what has arrived is in the mirror."""
+    slots, note = mirror.slots, target.noter(latch)
+
+    def read() -> int:
+        done = mirror.done  # first: the page may show more by the time we look, but not less
+        if latch.unknown_at > done:
+            return read_synchronously()
+        entry = slots[slot]
+        if entry & SLOT_BYTE:
+            return entry & 0xFF
+        shown = mirror.record(entry) if entry & SLOT_FORMULA else None
+        if not isinstance(shown, Latch):
+            return read_synchronously()
+        if not (latch.is_set if latch.known_at > done else shown.is_set):
+            return shown.low
+        note(shown.high)
+        return shown.high
+
+    return read
 
 
 def _mirrored_reader(

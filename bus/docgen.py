@@ -49,7 +49,10 @@ RULES = f"""\
 - `seq` counts 1, 2, 3, ... per sender and receiver. A gap is counted as lost frames, a number seen before
   is a duplicate: counted and dropped. A 1 begins anew: the sender has been restarted.
 - An answer carries the `trace` and `span` of its request. A frame caused by another carries its `trace` and a
-  `span` of its own. The writes of a PostedBatch are the spans `span`, `span + 1`, ...
+  `span` of its own. The writes of a PostedBatch are the spans `span`, `span + 1`, ..., those that a Read
+  carries `span + 1`, `span + 2`, ...
+- A posted write of width 0 says that the CPU has read `value` from a latch of the mirror page
+  (`bus/mirror.py`).
 - One-way frames get no answer, unless they are malformed or can't be served: then `Refused`, as for requests.
 - A device answers a synchronous access after all frames that the same sender sent before it, and after it has
   published its mirror page and sent the Line frames that the access causes.

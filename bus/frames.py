@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 Direction = Literal["one-way", "request", "reply"]
 
 
@@ -41,11 +41,13 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 class Read(Frame, frozen=True):
-    """Read one register of `region` (a port range or MMIO range); synchronous."""
+    """Read one register of `region` (a port range or MMIO range) after `writes`, posted ones that were still
+    waiting for the same device; synchronous."""
 
     region: str
     offset: int
     width: int
+    writes: tuple[PostedWrite, ...] = ()
 
 
 class ReadReply(Frame, frozen=True):

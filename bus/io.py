@@ -19,7 +19,7 @@ from typing import Any
 import zmq
 
 from bus.addressmap import AddressMap
-from bus.asking import AccessRefused, Asking, DeviceGone, OnLate, Target
+from bus.asking import AccessRefused, Asking, DeviceGone, LatchState, OnLate, Target
 from bus.binding import Binder, Bindings, OnOpenBus
 from bus.frames import Eoi, IntAck, IntAckReply, StringIn, StringInReply, StringOut, StringOutReply
 from bus.link import Link, ZmqLink
@@ -64,6 +64,10 @@ class IoClient:
         entries = [*address_map.entries("port"), *address_map.entries("mmio")]
         nodes = dict.fromkeys([*(e.node for e in entries), *([pic] if pic else []), *ioapics])
         self._targets = {peer: Target(peer, make_link(peer), self._asking) for peer in nodes}
+        for entry in entries:
+            target, name = self._targets[entry.node], entry.range.name
+            target.latches += [LatchState(name, *latched) for latched in entry.range.latched]
+            target.last.update(((name, offset), 0) for offset in entry.range.own)
         self._pic = self._targets[pic] if pic else None
         self._ioapics = [self._targets[peer] for peer in ioapics]
         binder = Binder(address_map, self._targets, mirror, now_ns, on_open_bus)
@@ -125,7 +129,8 @@ class IoClient:
         return self._pic.ask(IntAck(), IntAckReply).vector
 
     def eoi(self, vector: int) -> None:
-        """End of a level-triggered interrupt, to every I/O APIC, after what was posted to it."""
+        """End of a level-triggered interrupt, to every I/O APIC, after all that was posted."""
+        self.flush()
         for target in self._ioapics:
             target.tell(Eoi(vector))
 

@@ -4,8 +4,9 @@ One 4 KiB page per device in the memory node's region "mirror". The device's hos
 Layout, little-endian:
   bytes 0-2047     1024 slots of 2 bytes, one per mirrored register byte, in the order of `slots()`:
                    0 = read it synchronously; 0x4000 | value; 0x8000 | record << 4 | byte of the formula
-  bytes 2048-4095  32 formula records of eight signed 64-bit words: generation (odd while being written),
+  bytes 2048-4031  31 formula records of eight signed 64-bit words: generation (odd while being written),
                    kind, six parameters
+  bytes 4032-4039  how many posted operations of the CPU's the page shows the results of
 Left out: a multi-byte register made of single bytes may be seen half updated; only a Counter is whole.
 """
 
@@ -18,10 +19,11 @@ from bus.ranges import BadRange, IoRange
 
 PAGE_SIZE = 4096
 SLOTS = 1024
-RECORDS = 32
+RECORDS = 31
 RECORD_WORDS = 8
 SLOT_BYTE, SLOT_FORMULA = 0x4000, 0x8000
-KIND_COUNTER, KIND_STEP = 1, 2
+KIND_COUNTER, KIND_STEP, KIND_LATCH = 1, 2, 3
+DONE = RECORDS * RECORD_WORDS  # word, from the first record on
 NS = 1_000_000_000
 
 
@@ -61,13 +63,32 @@ class Step:
         return value ^ self.toggle if now_ns // self.toggle_ns & 1 else value
 
 
-MirrorValue = int | Counter | Step
+@dataclass(frozen=True, slots=True)
+class Latch:
+    """A one-byte register that reads as `high` once after something set it, then as `low`: reading clears it.
+
+    What sets it is a posted write of the register that IoRange.latched names with it, and nothing else that
+    the CPU posts; nothing but such reads clears it. So the CPU node knows what a read will find without
+    asking, and posts what it has read: Device.seen. `is_set`: as the device has it now.
+    """
+
+    high: int
+    low: int
+    is_set: bool
+    width: int = 1
+
+    def at(self, now_ns: int) -> int:
+        return self.high if self.is_set else self.low
+
+
+MirrorValue = int | Counter | Step | Latch
 MirrorKey = tuple[str, int]  # region, offset
 
 
 def slots(ranges: Iterable[IoRange]) -> dict[MirrorKey, int]:
     """Slot number of every mirrored (region, offset) of a device, in the order of its declarations."""
-    keys = [(r.name, offset) for r in ranges for offset in sorted(r.mirrored)]
+    keys = [(r.name, offset) for r in ranges
+            for offset in sorted({*r.mirrored, *(offset for offset, _ in r.latched)})]
     if len(keys) > SLOTS:
         raise BadRange(f"{len(keys)} mirrored registers do not fit into {SLOTS} slots")
     return {key: slot for slot, key in enumerate(keys)}
@@ -89,11 +110,18 @@ class MirrorWriter:
         self._shown: dict[MirrorKey, MirrorValue] = {}
         for slot in self._slot_of.values():
             self._slots[slot] = 0
+        self._words[DONE] = 0
 
-    def publish(self, values: Mapping[MirrorKey, MirrorValue]) -> None:
-        """Make the page show `values`; ValueError for a register that isn't declared mirrored."""
-        if values == self._shown:
-            return
+    def publish(self, values: Mapping[MirrorKey, MirrorValue], done: int = 0) -> None:
+        """Make the page show `values`; ValueError for a register that isn't declared mirrored.
+
+        `done`: operations that the CPU had posted and that are done, from the start on.
+        """
+        if values != self._shown:
+            self._show(values)
+        self._words[DONE] = done  # last: what it counts is there to be seen
+
+    def _show(self, values: Mapping[MirrorKey, MirrorValue]) -> None:
         new: dict[int, int] = {}
         for key, value in values.items():
             if isinstance(value, int):
@@ -119,11 +147,13 @@ class MirrorWriter:
             raise ValueError(f"{key} is not declared as mirrored")
         return self._slot_of[key]
 
-    def _write_record(self, record: int, value: Counter | Step) -> None:
+    def _write_record(self, record: int, value: Counter | Step | Latch) -> None:
         at = record * RECORD_WORDS
         generation = self._words[at] & ~1
         if isinstance(value, Counter):
             words = (KIND_COUNTER, value.base_ns, value.freq_hz, value.mask, value.width, value.start, 0)
+        elif isinstance(value, Latch):
+            words = (KIND_LATCH, value.high, value.low, int(value.is_set), value.width, 0, 0)
         else:
             step = (value.before, value.after, value.at_ns, value.width, value.toggle, value.toggle_ns)
             words = (KIND_STEP, *step)
@@ -139,11 +169,23 @@ class MirrorReader:
     def __init__(self, page: memoryview) -> None:
         self.slots = page[: SLOTS * 2].cast("H")
         self._words = page[SLOTS * 2 : PAGE_SIZE].cast("q")
-        self._cache: dict[int, tuple[int, Counter | Step]] = {}  # record -> generation, formula
+        self._cache: dict[int, tuple[int, Counter | Step | Latch]] = {}  # record -> generation, formula
+
+    @property
+    def done(self) -> int:
+        """Operations posted by the CPU whose results the page shows, at least."""
+        return self._words[DONE]
 
     def formula(self, entry: int, width: int, now_ns: int) -> int | None:
         """The value behind a SLOT_FORMULA entry; None when it has to be read synchronously."""
-        record, byte = entry >> 4 & 0xFF, entry & 0xF
+        formula, byte = self.record(entry), entry & 0xF
+        if formula is None or byte + width > formula.width:
+            return None
+        return formula.at(now_ns) >> 8 * byte & (1 << 8 * width) - 1
+
+    def record(self, entry: int) -> Counter | Step | Latch | None:
+        """The formula of a SLOT_FORMULA entry; None while it is being written."""
+        record = entry >> 4 & 0xFF
         at = record * RECORD_WORDS
         generation = self._words[at]
         cached = self._cache.get(record)
@@ -151,12 +193,12 @@ class MirrorReader:
             words = self._words[at + 1 : at + RECORD_WORDS].tolist()
             if generation & 1 or self._words[at] != generation:
                 return None
+            formula: Counter | Step | Latch
             if words[0] == KIND_COUNTER:
-                formula: Counter | Step = Counter(*words[1:6])
+                formula = Counter(*words[1:6])
+            elif words[0] == KIND_LATCH:
+                formula = Latch(words[1], words[2], bool(words[3]))
             else:
                 formula = Step(*words[1:])
             cached = self._cache[record] = (generation, formula)
-        formula = cached[1]
-        if byte + width > formula.width:
-            return None
-        return formula.at(now_ns) >> 8 * byte & (1 << 8 * width) - 1
+        return cached[1]

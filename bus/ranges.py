@@ -35,6 +35,8 @@ class IoRange:
     prompt: frozenset[int] = frozenset()  # posted, but the batch leaves at once: a doorbell, an EOI
     mirrored: frozenset[int] = frozenset()  # reads without side effect, served from the shared page
     relaxed: frozenset[int] = frozenset()  # mirrored, and no posted write can change what is read
+    own: frozenset[int] = frozenset()  # mirrored, and of posted writes only its own change what is read
+    latched: tuple[tuple[int, int], ...] = ()  # (read, posted): one-byte registers, see bus.mirror.Latch
 
     def __post_init__(self) -> None:
         def require(truth: bool, complaint: str) -> None:
@@ -46,7 +48,7 @@ class IoRange:
         widths = set(self.widths)
         require(bool(widths) and widths <= set(WIDTHS) and len(widths) == len(self.widths),
                 f"widths {self.widths} are not distinct members of {WIDTHS}")  # fmt: skip
-        for label in ("posted", "prompt", "mirrored", "relaxed"):
+        for label in ("posted", "prompt", "mirrored", "relaxed", "own"):
             strays = sorted(offset for offset in getattr(self, label) if not 0 <= offset < self.length)
             require(not strays, f"{label} offsets {strays} lie outside its {self.length} bytes")
         require(
@@ -54,6 +56,12 @@ class IoRange:
         )
         require(self.relaxed <= self.mirrored,
                 f"relaxed offsets {sorted(self.relaxed - self.mirrored)} aren't mirrored")  # fmt: skip
+        require(self.own <= self.mirrored & self.posted - self.relaxed,
+                f"own offsets {sorted(self.own)} aren't all mirrored, posted and not relaxed")  # fmt: skip
+        for offset, setter in self.latched:
+            require(0 <= offset < self.length and offset not in self.mirrored,
+                    f"latched offset {offset} is mirrored or outside its {self.length} bytes")  # fmt: skip
+            require(setter in self.posted, f"offset {setter}, which sets a latch, isn't posted")
 
     def accepts(self, offset: int, width: int) -> bool:
         """Whether the device takes this access whole."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import msgspec
 
 from bus.frames import ApicMessage
-from bus.mirror import Counter, MirrorValue, Step
+from bus.mirror import Counter, Latch, MirrorValue, Step
 from bus.ranges import BadRange, IoRange, MmioRange, PortRange
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Device",
     "DeviceState",
     "IoRange",
+    "Latch",
     "MirrorValue",
     "MmioRange",
     "NoSettings",
@@ -175,6 +176,13 @@ class Device(ABC, Generic[S]):
         have a side effect.
         """
         return {}
+
+    def seen(self, region: str, offset: int, value: int) -> None:
+        """The guest has read `value` from the Latch that mirror() showed, set, at this offset: clear it.
+
+        In order with posted writes. The guest has read it by now, whatever has happened since.
+        """
+        raise NotImplementedError(f"{self.NAME} has no latch")
 
     def save(self) -> dict[str, Any]:
         return self.state.dump()

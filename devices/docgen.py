@@ -23,7 +23,8 @@ INTRODUCTION = """\
 Generated from the classes in `devices/` by `python -m devices.docgen`. How a device works, and how to write
 one: [device-model.md](device-model.md). The classes of I/O:
 [decisions/002](decisions/002-three-classes-of-io.md); a register without one is synchronous. *p* posted,
-*!* posted and sent at once (prompt), *m* mirrored, *r* mirrored and relaxed.
+*!* posted and sent at once (prompt), *m* mirrored, *o* mirrored, and only posted writes of itself change it,
+*r* mirrored and relaxed, *l* a latch: reading clears it, and is known without asking.
 """
 
 
@@ -55,7 +56,8 @@ def _region(r: IoRange) -> str:
     marks: dict[str, list[int]] = {}
     for offset in range(r.length):
         mark = ("!" if offset in r.prompt else "p" if offset in r.posted else "") + (
-            "r" if offset in r.relaxed else "m" if offset in r.mirrored else ""
+            "r" if offset in r.relaxed else "o" if offset in r.own else "m" if offset in r.mirrored
+            else "l" if offset in dict(r.latched) else ""
         )
         if mark:
             marks.setdefault(mark, []).append(offset)

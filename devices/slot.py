@@ -26,6 +26,7 @@ from bus.frames import (
     Ping,
     Pong,
     PostedBatch,
+    PostedWrite,
     Read,
     ReadReply,
     Refused,
@@ -99,6 +100,17 @@ class _Output:
         self.outside.output(self.channel, bytes(self.data))
 
 
+@dataclass(slots=True)
+class _Level:
+    """An effect: a new level of one of the device's own lines."""
+
+    outside: Outside
+    frame: Line
+
+    def __call__(self) -> None:
+        self.outside.to_controllers(self.frame)
+
+
 class Slot:
     """Implements devices.base.Wiring for `device`."""
 
@@ -119,6 +131,8 @@ class Slot:
         self._irqs = dict(irqs)
         self._mirror = mirror
         self._ranges: dict[str, IoRange] = {r.name: r for r in (*cls.PORTS, *cls.MMIO)}
+        self._latched = {(r.name, offset) for r in self._ranges.values() for offset, _ in r.latched}
+        self._done = 0  # posted operations
         self._levels: dict[str, bool] = dict.fromkeys(cls.IRQS, False)
         self._intr: bool | None = None  # None: the device has never driven an INT pin
         self._inputs = _Lines({})
@@ -138,9 +152,20 @@ class Slot:
         if self._levels.get(line) != level:
             self._levels[line] = level
             irq = self._irqs.get(line)
-            if irq is not None:
-                frame = Line(irq, level, f"{self.node}.{line}")
-                self._effects.append(lambda: self._outside.to_controllers(frame))
+            source = f"{self.node}.{line}"
+            if irq is not None and (level or not self._take_back(source)):
+                self._effects.append(_Level(self._outside, Line(irq, level, source)))
+
+    def _take_back(self, source: str) -> bool:
+        """Forget that a line rose in this operation, which lowers it again: nobody has seen it high.
+
+        A fall that is followed by a rise stays: for a controller that is an edge.
+        """
+        for at, effect in enumerate(self._effects):
+            if isinstance(effect, _Level) and effect.frame.source == source and effect.frame.level:
+                del self._effects[at]
+                return True
+        return False
 
     def send(self, channel: str, data: bytes) -> None:
         last = self._effects[-1] if self._effects else None
@@ -209,14 +234,13 @@ class Slot:
     def _do(self, frame: Frame) -> Frame | None:
         device = self.device
         match frame:
-            case Read(region, offset, width):
+            case Read(region, offset, width, writes):
                 self._check(region, offset, width)
+                if writes:
+                    self._write_all(writes)
                 return ReadReply(self._read(region, offset, width))
             case PostedBatch(writes):
-                for region, offset, width, value in writes:
-                    self._check(region, offset, width, value)
-                for region, offset, width, value in writes:
-                    device.write(region, offset, width, value)
+                self._write_all(writes)
                 return None
             case Write(region, offset, width, value):
                 self._check(region, offset, width, value)
@@ -286,11 +310,26 @@ class Slot:
 
     def _settle(self) -> None:
         if self._mirror is not None:
-            self._mirror.publish(self.device.mirror())
+            self._mirror.publish(self.device.mirror(), self._done)
         if self._effects:
             effects, self._effects = self._effects, []
             for effect in effects:
                 effect()
+
+    def _write_all(self, writes: tuple[PostedWrite, ...]) -> None:
+        """All of them, or none if one is refused. A width of 0: it is what was read from a Latch."""
+        self._done += len(writes)
+        for region, offset, width, value in writes:
+            if width:
+                self._check(region, offset, width, value)
+            elif (region, offset) not in self._latched or value > 0xFF:
+                raise BadAccess(f"nobody can have read {value:#x} from the mirror of {region!r}+{offset}")
+        write = self.device.write
+        for region, offset, width, value in writes:
+            if width:
+                write(region, offset, width, value)
+            else:
+                self.device.seen(region, offset, value)
 
     def _read(self, region: str, offset: int, width: int) -> int:
         value = self.device.read(region, offset, width)

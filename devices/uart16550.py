@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Literal
 
-from devices.base import Channel, Device, DeviceState, MirrorValue, PortRange
+from devices.base import Channel, Device, DeviceState, Latch, MirrorValue, PortRange
 
 FIFO_DEPTH = 16
 RX_TRIGGER = (1, 4, 8, 14)  # bytes, by FCR bits 7..6 [8.5]
@@ -63,7 +63,8 @@ class UartState(DeviceState):
 class Uart16550(Device[UartState]):
     """LSR is mirrored although reading it clears the overrun bit: while that bit is set, and in loopback,
     where a posted write to THR changes LSR, the mirror leaves it out and the read is synchronous.
-    The same goes for MSR and its delta bits.
+    The same goes for MSR and its delta bits. Reading IIR takes back the interrupt of the empty transmitter,
+    which the next character makes again: a latch, so that a driver that sends a long text asks nothing.
     """
 
     NAME = "uart16550"
@@ -75,6 +76,8 @@ class Uart16550(Device[UartState]):
             prompt=frozenset({Reg.IER}),  # enabling the THRE interrupt raises it
             mirrored=frozenset({Reg.IER, Reg.LCR, Reg.MCR, Reg.LSR, Reg.MSR, Reg.SCR}),
             relaxed=frozenset({Reg.LCR, Reg.MCR, Reg.LSR, Reg.MSR, Reg.SCR}),
+            own=frozenset({Reg.IER}),
+            latched=((Reg.IIR_FCR, Reg.DATA),),
         ),
     )
     IRQS = ("intr",)
@@ -185,7 +188,17 @@ class Uart16550(Device[UartState]):
             values["regs", Reg.LSR] = self._lsr()
         if not s.msr_delta:
             values["regs", Reg.MSR] = self._modem_lines()
+        fifos = IIR_FIFOS if s.fcr & FCR_ENABLE else 0
+        if self._cause(thre=False) == IIR_NONE:
+            if not s.ier & IER_THRE:
+                values["regs", Reg.IIR_FCR] = IIR_NONE | fifos
+            elif not s.mcr & MCR_LOOP and not s.lcr & LCR_DLAB:  # writing DATA is sending
+                values["regs", Reg.IIR_FCR] = Latch(IIR_THRE | fifos, IIR_NONE | fifos, s.thre_latched)
         return values
+
+    def seen(self, region: str, offset: int, value: int) -> None:
+        self.state.thre_latched = False
+        self.drive_lines()
 
     def _take(self, byte: int) -> None:
         s = self.state
@@ -230,7 +243,11 @@ class Uart16550(Device[UartState]):
         return LSR_TX_IDLE | (LSR_READY if s.rx else 0) | (LSR_OVERRUN if s.overrun else 0)
 
     def _iir(self) -> int:
-        """Highest-priority cause, computed, never stored [8.6 table IV]."""
+        s = self.state
+        return self._cause(s.thre_latched) | (IIR_FIFOS if s.fcr & FCR_ENABLE else 0)
+
+    def _cause(self, thre: bool) -> int:
+        """The one of highest priority, computed, never stored [8.6 table IV]. `thre`: THR's latch."""
         s = self.state
         if s.ier & IER_LINE and s.overrun:
             cause = IIR_LINE
@@ -238,10 +255,10 @@ class Uart16550(Device[UartState]):
             cause = IIR_RX
         elif s.ier & IER_RX and s.timed_out:
             cause = IIR_TIMEOUT
-        elif s.ier & IER_THRE and s.thre_latched:
+        elif s.ier & IER_THRE and thre:
             cause = IIR_THRE
         elif s.ier & IER_MODEM and s.msr_delta:
             cause = IIR_MODEM
         else:
             cause = IIR_NONE
-        return cause | (IIR_FIFOS if s.fcr & FCR_ENABLE else 0)
+        return cause

@@ -140,7 +140,7 @@ def _plan_device(config: MachineConfig, index: int, table: DeviceTable, page: in
         settings = make_settings(cls, table.settings)
     except BadSettings as e:
         raise config.error(f"device[{index}].settings", str(e), "correct it") from e
-    mirrored = any(r.mirrored for r in (*cls.PORTS, *cls.MMIO))
+    mirrored = any(r.mirrored or r.latched for r in (*cls.PORTS, *cls.MMIO))
     console = any(getattr(settings, c.setting) == CONSOLE_BACKEND for c in cls.CHANNELS)
     return PlannedDevice(table, cls, page if mirrored else None, console)
 

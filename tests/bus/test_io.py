@@ -82,7 +82,8 @@ class Device:
 
     def _serve(self, frame: Frame) -> Frame | None:
         match frame:
-            case Read(region, offset, width):
+            case Read(region, offset, width, writes):
+                self._serve(PostedBatch(writes))
                 return ReadReply(self._get(region, offset, width))
             case Write(region, offset, width, value):
                 self._put(region, offset, width, value)
@@ -371,6 +372,7 @@ def test_a_refused_batch_is_counted_and_disturbs_no_later_answer(rig: Rig) -> No
     serve = rig.a.serve
     rig.links["a"]._serve = lambda f: Refused("no") if isinstance(f, PostedBatch) else serve(f)
     rig.io.port_write(0x100, 1, 9)
+    rig.io.flush()
     assert rig.io.port_read(0x10C, 1) == 0
     assert rig.io.stats()["refused"] == 1
 

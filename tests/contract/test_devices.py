@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bus.ranges import IoRange
-from devices.base import Counter, Device, MirrorValue, StateMismatch, Step
+from devices.base import Counter, Device, Latch, MirrorValue, StateMismatch, Step
 from devices.fake import FakeWiring
 from devices.registry import BUILT_IN, load_class, make_settings
 from tests.contract.phrases import BYTES, PHRASES
@@ -222,6 +222,8 @@ def test_the_mirror_shows_what_a_read_returns(variant: str, data: st.DataObject)
         read, untouched = rig.successor(), rig.successor()
         read.wiring.clock_ns = untouched.wiring.clock_ns = at_ns
         assert read.do(("read", region, offset, width, 0)) == shown(value, at_ns), (region, offset)
+        if isinstance(value, Latch) and value.is_set:
+            untouched.device.seen(region, offset, value.high)  # the one effect allowed
         assert _seen(read) == _seen(untouched), f"reading {region}+{offset} has a side effect"
         assert read.levels() == untouched.levels()
 
@@ -251,6 +253,45 @@ def test_a_posted_write_changes_no_relaxed_register(variant: str, data: st.DataO
 
 
 @every_device
+@histories(60)
+@given(data=st.data())
+def test_a_latch_is_set_by_its_register_alone_and_cleared_by_being_seen(variant: str, data: st.DataObject
+                                                                       ) -> None:
+    """What the CPU node predicts for posted operations that are still on their way."""
+    cls = load_class(VARIANTS[variant][0])
+    setters = {(r.name, offset): setter for r in ranges(cls) for offset, setter in r.latched}
+    rig = Rig.of(variant)
+    for step in data.draw(steps(variant)):
+        rig.do(step)
+    before = {key: value for key, value in rig.device.mirror().items() if isinstance(value, Latch)}
+    for (region, offset), latch in before.items():
+        for seen in data.draw(st.lists(st.booleans(), max_size=5)):
+            if seen:
+                rig.device.seen(region, offset, latch.high)
+            else:
+                rig.do(("write", region, setters[region, offset], 1, data.draw(st.integers(0, 255))))
+            assert rig.device.mirror()[region, offset] == replace(latch, is_set=not seen)
+
+
+@every_device
+@histories(60)
+@given(data=st.data())
+def test_only_its_own_posted_writes_change_a_register_declared_own(variant: str, data: st.DataObject
+                                                                    ) -> None:
+    cls = load_class(VARIANTS[variant][0])
+    own = [(r.name, offset) for r in ranges(cls) for offset in sorted(r.own)]
+    rig = Rig.of(variant)
+    for step in data.draw(steps(variant)):
+        rig.do(step)
+    for where in own:
+        before = rig.device.mirror().get(where)
+        others = [(r.name, o) for r in ranges(cls) for o in sorted(r.posted) if (r.name, o) != where]
+        for region, offset in data.draw(st.lists(st.sampled_from(others), max_size=5)):
+            rig.do(("write", region, offset, 1, data.draw(st.integers(0, 255))))
+        assert rig.device.mirror().get(where) == before
+
+
+@every_device
 @pytest.mark.parametrize("value", [0x00, 0xFF, 0x5A, 0x0123_4567, 0xFFFF_FFFF])
 def test_every_declared_access_is_taken(variant: str, value: int) -> None:
     rig = Rig.of(variant)
@@ -264,10 +305,12 @@ def test_every_declared_access_is_taken(variant: str, value: int) -> None:
 def test_mirror_keys_are_declared(variant: str) -> None:
     cls = load_class(VARIANTS[variant][0])
     declared = {(r.name, offset) for r in ranges(cls) for offset in r.mirrored}
+    latched = {(r.name, offset) for r in ranges(cls) for offset, _ in r.latched}
     for (region, offset), value in Rig.of(variant).device.mirror().items():
-        assert isinstance(value, int | Counter | Step)
+        assert isinstance(value, int | Counter | Step | Latch)
         width = 1 if isinstance(value, int) else value.width
-        assert {(region, offset + i) for i in range(width)} <= declared
+        allowed = latched if isinstance(value, Latch) else declared | latched
+        assert {(region, offset + i) for i in range(width)} <= allowed
 
 
 @every_device

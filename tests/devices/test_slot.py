@@ -139,13 +139,34 @@ def test_refusals(frame: Frame, words: str) -> None:
 def test_effects_leave_in_order_after_the_mirror_shows_what_belongs_to_them() -> None:
     rig = Rig()
     rig.slot.handle(
-        PostedBatch((("regs", 0, 1, 1), ("regs", 1, 1, 0x41), ("regs", 0, 1, 0), ("regs", 8, 1, 0x77)))
+        PostedBatch((("regs", 0, 1, 1), ("regs", 1, 1, 0x41), ("regs", 7, 1, 0), ("regs", 8, 1, 0x77)))
     )
     assert rig.effects == [
         (Line(5, True, "dev.line"), 0x77),
         (("out", b"A"), 0x77),
-        (Line(5, False, "dev.line"), 0x77),
+        (Event("log", "event 0"), 0x77),
     ]
+
+
+def test_a_line_that_rises_and_falls_within_one_operation_has_not_moved() -> None:
+    rig = Rig()
+    high, low = ("regs", 0, 1, 1), ("regs", 0, 1, 0)
+    rig.slot.handle(PostedBatch((high, ("regs", 1, 1, 0x41), low)))
+    assert rig.took() == [("out", b"A")]
+    rig.slot.handle(PostedBatch((high, low, high)))
+    assert rig.took() == [Line(5, True, "dev.line")]
+    rig.slot.handle(PostedBatch((low, high)))  # an edge
+    assert rig.took() == [Line(5, False, "dev.line"), Line(5, True, "dev.line")]
+    rig.slot.handle(PostedBatch((low, high, low)))
+    assert rig.took() == [Line(5, False, "dev.line")]
+
+
+def test_a_read_does_the_writes_it_carries_first() -> None:
+    rig = Rig()
+    assert rig.slot.handle(Read("regs", 8, 1, (("regs", 8, 1, 1), ("regs", 8, 1, 7)))) == ReadReply(7)
+    answer = rig.slot.handle(Read("regs", 8, 1, (("regs", 8, 1, 3), ("regs", 99, 1, 1))))
+    assert isinstance(answer, Refused)
+    assert rig.slot.handle(Read("regs", 8, 1)) == ReadReply(7)
 
 
 def test_a_line_is_sent_only_when_it_changes() -> None:

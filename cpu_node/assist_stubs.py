@@ -20,7 +20,7 @@ import functools
 from typing import NamedTuple
 
 from cpu_node import layout as at
-from cpu_node import tlb_stubs
+from cpu_node import tlb_strings, tlb_stubs
 from cpu_node.assist_text import (
     CODE_SELECTOR,
     COUNT_ENTRY,
@@ -328,7 +328,7 @@ def _invlpg() -> str:
 
 @functools.cache
 def assist_image() -> AssistImage:
-    """All pieces; texts may name {tail_return} and {tail_jump}."""
+    """All pieces; texts may name those before them, as {tail_return}."""
     return AssistImage(
         (
             ("tail_return", _tail_return()), ("tail_jump", _tail_jump()),
@@ -337,6 +337,7 @@ def assist_image() -> AssistImage:
             ("sysenter", _sysenter()), ("sysexit", _sysexit()),
             ("iret", _iret()), ("invlpg", _invlpg()), ("int", _int()),
             ("tlb_read", tlb_stubs.miss(False)), ("tlb_write", tlb_stubs.miss(True)),
+            *tlb_strings.pieces(),
         ),
         ("tail_return", "tail_jump"),
         "fix",

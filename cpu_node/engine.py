@@ -35,6 +35,7 @@ from cpu_node.errors import DB, PF, UD, GuestFault
 from cpu_node.flags import AC, OF, RF, TF
 from cpu_node.interrupts import Interrupts
 from cpu_node.line import PAGE, Line
+from cpu_node.mmu_choice import MmuChoice
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
 from cpu_node.rollback import roll_back
@@ -81,6 +82,7 @@ class Engine:
         self.simulator = Simulator(self.cpu, self.memory, self.single, platform)
         self.breakpoints = Breakpoints(self.cpu, self.memory)
         self.interrupts = Interrupts(self)
+        self.mmu_choice: MmuChoice | None = None  # None: spaces keep what they begin with
         self.simulator.kick = self._kick
         self.direct: Direct | None = None  # runs user code untranslated where it can
         self.simulator.on_port = self.breakpoints.note_port
@@ -93,6 +95,12 @@ class Engine:
         self.record.d[at.KICK // 4] = 0
         for index in range(6):
             self.segments_changed(index)
+
+    def use_tlb(self, choose: bool) -> None:
+        """New address spaces use the software TLB; `choose`: until a window is found to serve them better."""
+        self.contexts.soft = self.contexts.tlb.available
+        if choose and self.contexts.soft:
+            self.mmu_choice = MmuChoice(self.contexts)
 
     def start(self, registers: Mapping[str, int]) -> None:
         """RESET, then the state a boot plan gives: flat 32-bit protected mode by the GDT in memory."""
@@ -196,7 +204,8 @@ class Engine:
         kick, entry, reason_at, eip_at = at.KICK // 4, at.ENTRY // 8, at.REASON // 4, at.EIP // 4
         changed = at.CHANGED // 8
         system_flags, pending, interrupt_flag = at.SYSTEM_FLAGS // 4, at.PENDING // 4, at.INTERRUPT_FLAG // 4
-        handlers, direct = self._handlers(), self.direct
+        handlers, direct, choice = self._handlers(), self.direct, self.mmu_choice
+        page_faults, platform = at.PAGE_FAULTS // 8, self.platform
         if direct is not None:
             enter = direct.timed(enter)
         reason = at.EXIT_SIMULATE
@@ -204,6 +213,8 @@ class Engine:
         while not self.stopping:
             try:
                 if d[kick] or cpu.halted or (d[pending] and d[interrupt_flag]):
+                    if choice is not None and choice.look(platform.now_ns(), cpu.cpl == 3, q[page_faults]):
+                        self.mode_changed()
                     interrupts.take_in(reason)
                     if cpu.halted or self.stopping:
                         continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 # Host address space (47 bits). Python, its heap and libraries live above 0x5500_0000_0000.
 CODE = 0x2000_0000_0000  # stubs, then the code cache
 CODE_SIZE = 128 << 20  # within rel32 of each other
-CODE_FIRST = 0x2000  # offset of the first translation; stubs below
+CODE_FIRST = 0x3000  # offset of the first translation; stubs below
 RECORD = 0x2100_0000_0000
 RECORD_SIZE = 0x2000
 LOADABLE = RECORD + 0x100_0000  # what is known of each selector, LOADABLE_STRIDE bytes each

@@ -86,6 +86,7 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     keep_after: int = 20_000  # instructions translated, and
     keep_every_s: float = 10.0  # since the last time: then an idle CPU writes translations to the disk
     trap_backend: str = "auto"
+    mmu: str = "auto"
     launcher: str = "launcher"
     log_level: str = "warning"
 
@@ -147,6 +148,8 @@ class Node:
             self._cache.store = Store(folder, tag, time.time)
             self._keep_assembled = lambda: assembled.keep(folder, tag)
         self._kept_ns, self._kept_instructions = time.monotonic_ns(), 0
+        if config.mmu != "windows" and config.user_mode != "direct":
+            self.engine.use_tlb(choose=config.mmu == "auto")
         if config.user_mode != "translated":
             from cpu_node.direct import choose  # imports python-ptrace, which takes its time
 
@@ -369,6 +372,11 @@ class Node:
         io["cache_flushes"] = cache.flushes
         io["pages_filled"] = engine.contexts.fills
         io["spaces"] = len(engine.contexts.spaces)
+        q = engine.record.q
+        io["tlb_entries"], io["user_page_faults"] = q[at.TLB_FILLS // 8], q[at.PAGE_FAULTS // 8]
+        if engine.mmu_choice is not None:
+            io["went_to_window"] = engine.mmu_choice.went_to_window
+            io["went_to_tlb"] = engine.mmu_choice.went_to_tlb
         if engine.direct is not None:
             io["direct"] = engine.direct.counters()
         if self._timing is not None:

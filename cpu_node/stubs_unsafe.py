@@ -144,7 +144,7 @@ def _assists() -> tuple[bytes, dict[str, int]]:
     code, offsets = b"", {}
     for name, text in assist_image().pieces:
         offset = offsets[name] = at.STUB_ASSISTS + len(code)
-        known = {tail: hex(at.CODE + offsets[tail]) for tail in assist_image().tails if tail in offsets}
+        known = {other: hex(at.CODE + place) for other, place in offsets.items()}
         code += assemble(text.format(**known), at.CODE + offset)
     return code, offsets
 

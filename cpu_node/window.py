@@ -19,6 +19,7 @@ from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.code_pages import CodePages, runs
 from cpu_node.direct.policy import Pace
+from cpu_node.mmu_choice import GOAL_NS
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory, Walker
 from cpu_node.touched import Touched
 from cpu_node.watch import RIGHTS, Watch, claims_more
@@ -230,6 +231,7 @@ class Space:
         self.direct: Window | None = None  # of the process in which user code runs directly
         self.pace = Pace()
         self.soft = False  # user code uses the TLB (tlb.py), not a window
+        self.balance_ns, self.goal_ns = 0, GOAL_NS  # mmu_choice.py
         self._ram_fd = ram_fd
         self.touched = Touched(self.kernel.index)
         self.tables: dict[int, Table] = {}  # dispatch tables of user code, by mode

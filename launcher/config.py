@@ -43,6 +43,7 @@ class CpuTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     apic: bool = True  # a local APIC in CPUID and in the tables the guest gets
     user_mode: Literal["translated", "direct", "auto"] = "translated"
     trap_backend: Literal["auto", "ptrace", "seccomp"] = "auto"  # how direct execution gets its traps
+    mmu: Literal["auto", "windows", "tlb"] = "auto"  # how user code finds its memory; see docs/decisions/012
     host_cpu: int | Literal["auto", "any"] = "auto"  # see docs/decisions on CPU affinity
     translations: str = "keep"  # "keep", "off", or the folder to keep them in
 
@@ -255,6 +256,7 @@ def _choices(key: str) -> str:
         "machine.on_reset": 'write "restart" or "stop"',
         "cpu.user_mode": 'write "translated", "direct" or "auto"',
         "cpu.trap_backend": 'write "auto", "ptrace" or "seccomp"',
+        "cpu.mmu": 'write "auto", "windows" or "tlb"',
         "cpu.host_cpu": 'write "auto", "any" or the number of a host CPU',
         "boot.kind": 'write "linux" or "asm"',
     }

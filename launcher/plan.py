@@ -126,6 +126,7 @@ def _cpu_config(plan: MachinePlan, tsc_hz: int) -> dict[str, Any]:
         "user_mode": plan.config.cpu.user_mode,
         "translations": str(plan.config.translations_folder or ""),
         "trap_backend": plan.config.cpu.trap_backend,
+        "mmu": plan.config.cpu.mmu,
         "controllers": plan.controllers,
         "start": plan.boot.start,
     }

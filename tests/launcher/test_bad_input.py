@@ -39,6 +39,10 @@ CASES = {
         machine_text(rest='[cpu]\ntrap_backend = "kvm"\n'),
         "cpu.trap_backend: 'kvm' is not allowed here; write",
     ),
+    "unknown MMU": (
+        machine_text(rest='[cpu]\nmmu = "hardware"\n'),
+        """cpu.mmu: 'hardware' is not allowed here; write "auto", "windows" or "tlb\"""",
+    ),
     "missing key": (machine_text('memory = "16M"'), "machine.name: is missing; add it"),
     "not TOML": ("[machine\n", "is not valid TOML"),
     "bad machine name": (

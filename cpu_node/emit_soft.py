@@ -4,8 +4,9 @@ Rules are those of emit.py; besides, r12 holds ECX from the first probe on until
 steps, and a probe that misses has its template begun anew: registers change behind the last probe only.
 A probe looks up the pages of the first and of the last byte. It hits where both have the same entry: in one
 page, or in two that are neighbours in host memory too. An address that wraps at 4 GiB never does.
-Left out, for the simulator: string instructions, MASKMOV, PUSHA (it faults at its highest dword first), CH
-with a memory operand, bit strings with 16-bit operands, 16-bit addresses and stack operations.
+Left out, for the simulator: string instructions with a source in FS or GS, MASKMOV, PUSHA (it faults at its
+highest dword first), CH with a memory operand, bit strings with 16-bit operands, 16-bit addresses and stack
+operations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
+from cpu_node import tlb_strings
 from cpu_node.assist_stubs import assist_slot
 from cpu_node.decode import FS, Insn
 from cpu_node.emit import SEGMENT_NUMBER, Templates, popf, pushf
@@ -308,7 +310,15 @@ class SoftTemplates(Templates):
         return out.segment(insn).probe(1, False).put(b"\x43\x8a\x44\x08\xff").leaf(insn)
 
     def _string(self, insn: Insn) -> Leaf:
-        return self._simulate(insn)
+        operation = tlb_strings.operation_of(insn.row.opcode)
+        if operation is None or (self.is_segmented(insn) and tlb_strings.OPERATIONS[operation].source):
+            return self._simulate(insn)
+        slot = assist_slot(tlb_strings.name(operation, insn.opsize if insn.row.opcode & 1 else 1))
+        code = b"\x41\xb9" + struct.pack("<I", insn.rep)  # mov r9d, prefix
+        code += b"\x4c\x8d\x15\x07\x00\x00\x00"  # lea r10, [rip+7]: behind the jump
+        code += b"\x41\xff\xa7" + struct.pack("<i", slot)
+        assert len(code) == tlb_strings.LENGTH
+        return self._make(insn, code)
 
     def _maskmov(self, insn: Insn) -> Leaf:
         return self._simulate(insn)

@@ -9,23 +9,40 @@ Left out: sources in FS or GS and 16-bit addresses (the simulator), several elem
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cpu_node import layout as at
 from cpu_node.assist_text import RESTORE_FLAGS, SAVE_FLAGS
 from cpu_node.tlb_stubs import WRITES
 
 LENGTH = 20  # mov r9d, prefix; lea r10, [rip+7]; jmp [r15+slot]
 SUFFIXES = {1: "b", 2: "w", 4: "d"}
-# operation -> (opcode for bytes, has a source at ESI, a destination at EDI, which it writes)
+
+
+class Operation(NamedTuple):
+    """`opcode`: for bytes. `source` at ESI, `target` at EDI, which it `writes`."""
+
+    opcode: int
+    source: bool
+    target: bool
+    writes: bool
+
+
 OPERATIONS = {
-    "movs": (0xA4, True, True, True),
-    "cmps": (0xA6, True, True, False),
-    "stos": (0xAA, False, True, True),
-    "lods": (0xAC, True, False, False),
-    "scas": (0xAE, False, True, False),
+    "movs": Operation(0xA4, True, True, True),
+    "cmps": Operation(0xA6, True, True, False),
+    "stos": Operation(0xAA, False, True, True),
+    "lods": Operation(0xAC, True, False, False),
+    "scas": Operation(0xAE, False, True, False),
 }
 _DF, _BACKWARDS = 0x400, 0x10000
 _ZF_IN_AH = 0x40
 _REPNE, _REPE = 0xF2, 0xF3
+
+
+def operation_of(opcode: int) -> str | None:
+    """Its name; None for INS and OUTS, which have none here."""
+    return next((name for name, row in OPERATIONS.items() if row.opcode == opcode & ~1), None)
 
 
 def pieces() -> list[tuple[str, str]]:

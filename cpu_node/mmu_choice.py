@@ -2,8 +2,9 @@
 
 The TLB makes every access dearer, a window every page that comes or goes. So user code that computes earns a
 space its window, and page faults lose it. What each costs is measured (docs/decisions/012-software-tlb.md).
-A stretch of user code is what lies between two signals that both find it running, with no other space in
-between: mostly the guest's timer ticks. New spaces begin with the TLB, for most programs are short.
+A stretch of user code is the time since the last look, when it is found running and no other space ran in
+between; looks come with signals and while the CPU is halted, and the kernel's end of an interrupt causes one.
+New spaces begin with the TLB, for most programs are short.
 Left out: what the kernel does on behalf of the space; accesses that a program doesn't make.
 """
 
@@ -27,22 +28,21 @@ class MmuChoice:
     def __init__(self, contexts: Contexts) -> None:
         self._contexts = contexts
         self._flushes = -1
-        self._was_user = False
         self._looked_ns = 0
         self._faults = 0
         self.went_to_window = 0
         self.went_to_tlb = 0
 
     def look(self, now_ns: int, user: bool, faults: int) -> bool:
-        """A signal came; `user`: it found CPL 3; `faults`: page faults of user code so far, all told.
+        """`user`: CPL 3 was running; `faults`: page faults of user code so far, all told.
 
         True where the current space uses the other from now on.
         """
         contexts = self._contexts
         stretch, new_faults = now_ns - self._looked_ns, faults - self._faults
-        whole = self._was_user and user and contexts.flushes == self._flushes
+        whole = user and contexts.flushes == self._flushes
         self._looked_ns, self._faults = now_ns, faults
-        self._was_user, self._flushes = user, contexts.flushes
+        self._flushes = contexts.flushes
         space = contexts.space
         if space.cr3 is None or not contexts.soft:
             return False

@@ -77,9 +77,10 @@ def test_faults_keep_the_tlb() -> None:
 def test_the_kernel_s_time_counts_for_nothing() -> None:
     looks = Looks()
     looks.space.soft = True
-    for n in range(1000):
-        assert not looks.look(user=n % 2 == 0)
+    for _ in range(1000):
         assert not looks.look(user=False)
+    looks.look()
+    assert looks.space.balance_ns == EARNED_NS
 
 
 @isolated

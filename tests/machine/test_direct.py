@@ -1,4 +1,6 @@
-"""Linux with user code that runs directly: boots, right results, and hosts that forbid what it needs."""
+"""Linux with user code that runs directly, or by one MMU or the other all the time: boots, right results, and
+hosts that forbid what direct execution needs.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,8 @@ def machine_with(folder: Path, words: str, keys: str, initrd: str = "initramfs.c
         ('user_mode = "direct"\ntrap_backend = "ptrace"', COMPUTE),
         ('user_mode = "direct"\ntrap_backend = "seccomp"', COMPUTE),
         ('user_mode = "auto"', ALL),
+        ('mmu = "tlb"', ALL),
+        ('mmu = "windows"', ALL),
     ],
 )
 def test_benchmark_programs_compute_what_they_do_natively(

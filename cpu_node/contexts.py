@@ -81,7 +81,7 @@ class Contexts:
             self._make_room()
             space = self.spaces[key] = Space(key[0], self.ram_fd, self.memory, self.code)
             space.hidden = self.hidden
-            space.soft = self.soft and self.walker.paging
+            space.begin(self.soft)
         self.spaces.move_to_end(key)
         self.walker.touched = space.touched
         return space
@@ -189,6 +189,8 @@ class Contexts:
         if pages or bigs:
             for table in space.tables.values():
                 table.drop_changed(pages, bigs, True)
+        if bigs and not any(pde & US for pde in space.watch.pdes.values()):
+            space.begin(self.soft)  # nothing of the user's is left: another program has the page directory
 
     def configuration_changed(self) -> None:
         """CR0.WP or CR4.PSE changed: nothing may be kept that was derived from page tables."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from mmap import mmap
+from time import thread_time_ns
 from typing import TYPE_CHECKING
 
 from cpu_node import gates
@@ -205,7 +206,7 @@ class Engine:
         changed = at.CHANGED // 8
         system_flags, pending, interrupt_flag = at.SYSTEM_FLAGS // 4, at.PENDING // 4, at.INTERRUPT_FLAG // 4
         handlers, direct, choice = self._handlers(), self.direct, self.mmu_choice
-        page_faults, platform = at.PAGE_FAULTS // 8, self.platform
+        page_faults = at.PAGE_FAULTS // 8
         if direct is not None:
             enter = direct.timed(enter)
         reason = at.EXIT_SIMULATE
@@ -213,7 +214,7 @@ class Engine:
         while not self.stopping:
             try:
                 if d[kick] or cpu.halted or (d[pending] and d[interrupt_flag]):
-                    if choice is not None and choice.look(platform.now_ns(), cpu.cpl == 3, q[page_faults]):
+                    if choice is not None and choice.look(thread_time_ns(), cpu.cpl == 3, q[page_faults]):
                         self.mode_changed()
                     interrupts.take_in(reason)
                     if cpu.halted or self.stopping:

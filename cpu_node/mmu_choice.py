@@ -4,7 +4,8 @@ The TLB makes every access dearer, a window every page that comes or goes. So us
 space its window, and page faults lose it. What each costs is measured (docs/decisions/012-software-tlb.md).
 A stretch of user code is the time since the last look, when it is found running and no other space ran in
 between; looks come with signals and while the CPU is halted, and the kernel's end of an interrupt causes one.
-New spaces begin with the TLB, for most programs are short.
+New spaces begin with the TLB, for most programs are short. Time is that of the thread's processor, so that
+waiting for a busy host isn't taken for computing.
 Left out: what the kernel does on behalf of the space; accesses that a program doesn't make.
 """
 

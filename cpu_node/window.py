@@ -229,14 +229,18 @@ class Space:
         self.kernel = Window(ram_fd, memory, code, user=False)
         self._user: Window | None = None
         self.direct: Window | None = None  # of the process in which user code runs directly
-        self.pace = Pace()
-        self.soft = False  # user code uses the TLB (tlb.py), not a window
-        self.balance_ns, self.goal_ns = 0, GOAL_NS  # mmu_choice.py
+        self.begin(False)
         self._ram_fd = ram_fd
         self.touched = Touched(self.kernel.index)
         self.tables: dict[int, Table] = {}  # dispatch tables of user code, by mode
         self.hidden: frozenset[int] = frozenset()  # linear pages that are never mapped
         self.watch = Watch(memory)
+
+    def begin(self, soft: bool) -> None:
+        """A program is new here: how its user code runs, and what is known of its ways."""
+        self.pace = Pace()
+        self.soft = soft and self.cr3 is not None  # it uses the TLB (tlb.py), not a window
+        self.balance_ns, self.goal_ns = 0, GOAL_NS  # mmu_choice.py
 
     @property
     def user(self) -> Window:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from cpu_node.mmu_choice import FAULT_NS, GOAL_MOST_NS, GOAL_NS, LONGEST_STRETCH_NS, SLOWER_PERCENT, MmuChoice
 from cpu_node.window import Space
-from tests.cpu_node.board import Board
+from tests.cpu_node.board import DATA, DIRECTORY, RW, US, Board, P
 from tests.cpu_node.child import isolated
 
 STRETCH_NS = 200_000
+OTHER_TABLE = 0xD000
 EARNED_NS = STRETCH_NS * SLOWER_PERCENT // 100
 
 
@@ -99,3 +100,21 @@ def test_sleep_is_no_computing() -> None:
     looks.look()
     looks.look(after_ns=10**12)
     assert looks.space.balance_ns <= LONGEST_STRETCH_NS
+
+
+@isolated
+def test_another_program_in_the_page_directory_begins_anew() -> None:
+    looks = Looks()
+    board = looks.board
+    looks.space.soft = True
+    looks.until_changed()
+    board.flat_segments(3)
+    board.run(f"mov eax, [{DATA}]\nud2")
+    board.flush()
+    assert not looks.space.soft
+    table = board.peek32(DIRECTORY) & ~0xFFF
+    board.ram[OTHER_TABLE : OTHER_TABLE + 4096] = board.ram[table : table + 4096]
+    board.poke32(DIRECTORY, OTHER_TABLE | P | RW | US)
+    board.flush()
+    assert looks.space.soft
+    assert looks.space.goal_ns == GOAL_NS

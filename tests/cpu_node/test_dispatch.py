@@ -135,7 +135,7 @@ def test_signal_in_the_very_first_translation_when_it_crosses() -> None:
     engine.contexts.find(start)
     cache = engine.contexts.cache
     record = engine.record
-    for offset in range(0x2000, cache.position):
+    for offset in range(at.CODE_FIRST, cache.position):
         if cache.code[offset] in (0x41, 0x43, 0xB8, 0xE9):
             record.q[(at.SCRATCH_REGS) // 8] = start
             record.q[at.FAULT_RIP // 8] = at.CODE + offset

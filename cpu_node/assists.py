@@ -107,7 +107,7 @@ class Assists:
         mode = self.modes[3] = contexts.softened(self.modes[3])
         table = contexts.user_table_if_any(mode)
         q[at.USER_TABLE // 8] = table.ha if table else 0
-        q[at.USER_WINDOW // 8] = at.TLB_READ if mode & modes.SOFT else space.user.ha if table else 0
+        q[at.USER_WINDOW // 8] = at.TLB_BASE if mode & modes.SOFT else space.user.ha if table else 0
 
     def same_but_for(self, cpl: int, space: bool) -> bool:
         """Only the level changed, to `cpl`, and perhaps the space; False where `refresh` must do it."""

@@ -129,7 +129,7 @@ class Contexts:
         """(window, dispatch table), host addresses, for a mode in the current space."""
         self.mode = mode
         if mode & modes.SOFT:
-            ha = at.TLB_READ
+            ha = at.TLB_BASE
         else:
             ha = self.space.user.ha if user else self.space.kernel.ha
         if not mode & modes.INTERPRETED:

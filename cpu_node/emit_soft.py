@@ -51,7 +51,7 @@ _ALIGNED = (  # faults where r8d isn't a multiple of 16
     b"\x41\xba\x1c\x00\x00\x00" + b"\xc4\xc2\x29\xf7\xc8"  # mov r10d, 28; shlx ecx, r8d, r10d
     + b"\xe3\x05" + b"\x41\x0f\x28\x47\x01"  # jrcxz +5; movaps xmm0, [r15+1]
 )
-_WRITES = at.TLB_WRITE - at.TLB_READ
+_READS, _WRITES = at.TLB_READ - at.TLB_BASE, at.TLB_WRITE - at.TLB_BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +85,16 @@ def probe(start: int, size: int, write: bool, save: bool = True, missed: bytes =
     start: host bytes between where a miss is to begin anew and this. save: ECX is not in r12 yet. Afterwards
     rcx is 0; r10 and r9 have changed. A miss does `missed` and goes to tlb_stubs.py.
     """
-    entry = b"\x8c\xcd" + struct.pack("<i", _WRITES) if write else b"\x4c\xcd\x00"  # [r13+...*8+...]
+    entry = b"\x8c\xcd" + struct.pack("<i", _WRITES) if write else b"\x4c\xcd" + struct.pack("<b", _READS)
     out = SAVE_ECX if save else b""
-    out += b"\x41\xba\x0c\x00\x00\x00"  # mov r10d, 12
-    out += b"\xc4\x42\x2b\xf7\xc8"  # shrx r9d, r8d, r10d
-    load_r9 = b"\x4f\x8b" + entry
+    out += b"\xc4\x42\x13\xf7\xc8"  # shrx r9d, r8d, r13d
+    load_r9 = b"\x4f\x8b" + entry  # mov r9, [r13+r9*8+...]
     if size == 1:
         out += load_r9 + b"\x41\x0f\xb6\xc9" + b"\x48\x8d\x49\xff"  # movzx ecx, r9b; lea rcx, [rcx-1]
     else:
         last = size - 1
         out += b"\x41\x8d" + (bytes((0x48, last)) if last < 0x80 else b"\x88" + struct.pack("<I", last))
-        out += b"\xc4\xe2\x2b\xf7\xc9"  # lea ecx, [r8+size-1]; shrx ecx, ecx, r10d
+        out += b"\xc4\xe2\x13\xf7\xc9"  # lea ecx, [r8+size-1]; shrx ecx, ecx, r13d
         out += load_r9 + b"\x49\x8b" + entry  # mov rcx, [r13+rcx*8+...]
         out += b"\x45\x0f\xb6\xd1" + b"\x48\xf7\xd1"  # movzx r10d, r9b; not rcx
         out += b"\x4a\x8d\x0c\x09" + b"\x4a\x8d\x0c\x11"  # lea rcx, [rcx+r9]; lea rcx, [rcx+r10]

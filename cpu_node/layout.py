@@ -33,6 +33,7 @@ TLB_SITES_COUNT = 1 << 14
 TLB_READ = 0x2500_0000_0000
 TLB_WRITE = TLB_READ + 0x80_0000
 TLB_SIZE = 0x100_0000  # of both
+TLB_BASE = TLB_READ + 12  # r13 in SOFT code: probes shift addresses right by its low bits, that is by 12
 RAM = 0x2600_0000_0000  # guest memory as it is, at most 4 GiB
 TOUCHED = 0x2140_0000_0000  # maps of touched.py, one for each window
 TOUCHED_SIZE = 1 << 20

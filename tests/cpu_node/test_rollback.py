@@ -24,6 +24,8 @@ from tests.cpu_node.stopper import Stopper, host_instructions
 SHAPES = {
     "copy": "mov eax, [esi]\nadd [esi+4], eax\n"
             "lock inc dword ptr [esi]\nxchg bl, [esi+ebx]\nshl eax, cl\nbswap eax",
+    "high bytes": "mov ah, [esi]\nxchg [esi+1], bh\nadd dh, [esi+2]\nmov [esi+3], ch\nsub [esi], ah",
+    "aligned": "movaps xmm0, [esi]\naddps xmm0, [esi+16]\nmovaps [esi+32], xmm0\nmovups xmm1, [esi+3]",
     "push": "push eax\npush esp\npush 0x12345678\npush 5\npush -5\n"
             "push dword ptr [esi]\npush dword ptr [esp+4]",
     "push overlapping": "push dword ptr [esp-2]\npush dword ptr [esp-3]\npush dword ptr [esp-4]",
@@ -31,6 +33,7 @@ SHAPES = {
     "pop overlapping": "push ebx\npush ecx\nmov ebp, esp\npop dword ptr [ebp+2]\npop eax",
     "pop esp": "lea ebp, [esp+4]\npush ebp\npop esp\npush 7",
     "pop through esp": "push ecx\npush ebx\npop dword ptr [esp+4]\npop eax",
+    "pop through ecx": "push ebx\npush ebx\npop dword ptr [esi+ecx]\nmov ecx, esi\npop dword ptr [ecx]",
     "pusha popa": "pushal\nadd dword ptr [esp+4], 3\npopal",
     "pushf popf": "stc\npushfd\nxor dword ptr [esp], 0x8d5\npopfd\npushfd\npop eax\ncmc\npushfd",
     "popf direction": "pushfd\nor dword ptr [esp], 0x400\npopfd\nlodsb\ncld",

@@ -13,6 +13,7 @@ import pytest
 from cpu_node import mode as modes
 from cpu_node.decode import TooLong, Undefined, decode
 from cpu_node.emit import Templates
+from cpu_node.emit_soft import templates_of
 from cpu_node.encode import JUMP_R8, MOV_R8
 from cpu_node.line import PAGE, Line, page_line, single_line
 from cpu_node.translate import MAX_INSTRUCTIONS, Translation, check_source, leaf_at, renew, translate
@@ -23,8 +24,8 @@ POSITION = 0x2000
 _HOST = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
 
 
-def _line(code: bytes, verify: bool = False, fill: bytes = b"\xf4") -> Line:
-    return page_line(VA >> 12, 1, 0, code.ljust(PAGE, fill), verify)
+def _line(code: bytes, verify: bool = False, fill: bytes = b"\xf4", mode: int = 0) -> Line:
+    return page_line(VA >> 12, 1, mode, code.ljust(PAGE, fill), verify)
 
 
 def _apply(image: bytearray, made: Translation) -> None:
@@ -43,14 +44,14 @@ def _sweep(code: bytes) -> set[int]:
 
 
 @pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize("mode", [0, modes.USER, modes.NO_FPU])
+@pytest.mark.parametrize("mode", [0, modes.USER, modes.NO_FPU, modes.USER | modes.SOFT])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_bytes(seed: int, mode: int, verify: bool) -> None:
     """Random pages: from every entry a translation whose maps fit its code; jumps go where they should."""
     rng = random.Random(seed)
     page = bytes(rng.choice((rng.randrange(256), 0x0F, 0x8B, 0x74, 0xE8, 0xEB, 0x66)) for _ in range(PAGE))
     line = page_line(VA >> 12, 1, mode, page, verify)
-    templates = Templates(mode)
+    templates = templates_of(mode)
     image = bytearray()
     for _ in range(150):
         start = rng.randrange(PAGE)
@@ -171,6 +172,27 @@ def test_checks_cover_every_byte() -> None:
         assert compared == page[:length]
 
 
+def test_checks_by_the_tlb_cover_every_byte() -> None:
+    """The same for SOFT: one probe of the whole instruction, then each byte of it."""
+    rng = random.Random(4)
+    for length in range(1, 16):
+        page = rng.randbytes(length).ljust(PAGE, b"\x90")
+        check = check_source(_line(page, True, mode=modes.USER | modes.SOFT), 0, length)
+        compared, sizes, at, width = bytearray(), [], 0, 0
+        for _, size, name, operands in _HOST.disasm_lite(check, 0):
+            if name.startswith("mov") and operands.startswith("r8d, ") and "[r9" in operands:
+                width = {"dword": 4, "word": 2, "byte": 1}[operands.split(", ")[1].split()[0]]
+                assert check[at + size - 1] == len(compared)
+            elif name == "lea" and operands.startswith("ecx, [r8") and width:
+                expected = -int.from_bytes(check[at + 3 : at + 7], "little", signed=True) & 0xFFFFFFFF
+                compared += expected.to_bytes(4, "little")[:width]
+            elif name == "mov" and operands.startswith("r9d, "):
+                sizes.append(int(operands.split(", ")[1], 0))
+            at += size
+        assert compared == page[:length]
+        assert sizes == [length - 1]
+
+
 CHANGED = {
     "immediate": ("mov eax, 1", "mov eax, 0x12345678"),
     "displacement": ("mov eax, [0x1000]", "mov eax, [0x2000]"),
@@ -178,14 +200,16 @@ CHANGED = {
     "byte": ("add bl, 1", "add bl, 0x7f"),
     "pushed": ("push 0x1234", "push 0x4321"),
     "SSE": ("pshufd xmm0, xmm1, 3", "pshufd xmm0, xmm1, 7"),
+    "segment": ("mov dword ptr fs:[0x1000], 1", "mov dword ptr fs:[0x2000], 5"),
 }
 
 
+@pytest.mark.parametrize("mode", [0, modes.USER | modes.SOFT], ids=modes.describe)
 @pytest.mark.parametrize("name", CHANGED)
-def test_renewed_instruction_is_what_a_new_translation_makes(name: str) -> None:
+def test_renewed_instruction_is_what_a_new_translation_makes(name: str, mode: int) -> None:
     old, new = (asm(f"nop\n{text}\nnop\nret", VA) for text in CHANGED[name])
-    templates = Templates(0)
-    line, fresh = _line(old, verify=True), _line(new, verify=True)
+    templates = templates_of(mode)
+    line, fresh = _line(old, verify=True, mode=mode), _line(new, verify=True, mode=mode)
     made = translate(line, 0, templates, POSITION)
     wanted = translate(fresh, 0, templates, POSITION)
     code = renew(line, 1, new[1:].ljust(32, b"\0"), templates)

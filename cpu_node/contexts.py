@@ -150,9 +150,9 @@ class Contexts:
         """A TLB flush: CR3, or paging in CR0 or CR4, was written; enter the space it selects."""
         self.tlb.flush()
         self.flushes += 1
-        self.space = self._space()
-        self._resync(self.space)
-        cr3 = self.space.cr3
+        space = self.space = self._space()
+        self._resync(space)
+        cr3 = space.cr3
         if cr3 is None or self._kernel_cr3 is None:
             if cr3 != self._kernel_cr3:
                 for table in self.kernel_tables.values():
@@ -160,8 +160,9 @@ class Contexts:
                 self.kernel_watch.clear()
         else:
             pages, bigs = self.kernel_watch.changes(cr3)
-            for table in self.kernel_tables.values():
-                table.drop_changed(pages, bigs, False)
+            if pages or bigs:
+                for table in self.kernel_tables.values():
+                    table.drop_changed(pages, bigs, False)
         self._kernel_cr3 = cr3
 
     def hide(self, data: frozenset[int], code: frozenset[int]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from cpu_node.paging import FRAME, PS, RW, US, A, D, P, PhysicalMemory
 
 RIGHTS = P | RW | US | PS
+_MOST_AGREED = 64  # directories, each of 4 KiB
 
 
 class Watch:
@@ -19,7 +20,7 @@ class Watch:
         self.pdes: dict[int, int] = {}  # linear 4 MiB page -> its directory entry
         self._tables: dict[int, bytearray] = {}  # page table (pa) -> content last compared or derived from
         self._covers: dict[int, set[int]] = {}  # page table (pa) -> linear 4 MiB pages it maps
-        self._directory: tuple[int, bytes] = (-1, b"")  # (cr3, content) when last compared
+        self._agreed: dict[int, bytes] = {}  # cr3 -> a content that grants all that `pdes` do
         # What was derived from an entry that had become another when it was used again, before a comparison:
         self._again: set[tuple[int, int]] = set()  # (page table, index)
         self._bigs_again: set[int] = set()  # linear 4 MiB pages
@@ -37,7 +38,7 @@ class Watch:
             if old is not None and claims_more(old, pde):
                 self._bigs_again.add(va_big)
             self.pdes[va_big] = pde
-            self._directory = (-1, b"")
+            self._agreed.clear()
         if not pde & PS:
             ram, copy = self.memory.ram, self._tables.get(table)
             if copy is None:
@@ -68,13 +69,12 @@ class Watch:
         directory entries grant something else; those are forgotten.
         """
         ram = self.memory.ram
-        if self._directory[0] == cr3 and not self._again and not self._bigs_again:
+        if not self._again and ram[cr3 : cr3 + 4096] == self._agreed.get(cr3):
             for table, copy in self._tables.items():
                 if ram[table : table + 4096] != copy:
                     break
             else:
-                if ram[cr3 : cr3 + 4096] == self._directory[1]:
-                    return [], []
+                return [], []
         pages = [(va_big << 10 | index, int(self.memory.dwords[(table >> 2) + index]))
                  for table, index in self._again for va_big in self._covers.get(table, ())]
         for table, copy in list(self._tables.items()):
@@ -86,9 +86,11 @@ class Watch:
                     pages += [(va_big << 10 | index, new) for index, new in changed]
         self._again.clear()
         now = ram[cr3 : cr3 + 4096]
-        if self._directory == (cr3, now):
+        if now == self._agreed.get(cr3):
             return pages, []
-        self._directory = (cr3, now)
+        if len(self._agreed) >= _MOST_AGREED:
+            self._agreed.clear()
+        self._agreed[cr3] = now
         entries = memoryview(now).cast("I")
         bigs = [va_big for va_big, old in self.pdes.items()
                 if va_big in self._bigs_again or claims_more(old, entries[va_big])]
@@ -109,7 +111,7 @@ class Watch:
         self.pdes.clear()
         self._tables.clear()
         self._covers.clear()
-        self._directory = (-1, b"")
+        self._agreed.clear()
         self._again.clear()
         self._bigs_again.clear()
 

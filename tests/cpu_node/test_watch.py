@@ -148,3 +148,21 @@ def test_clear(memory: PhysicalMemory) -> None:
     _poke(memory, PTE, 0)
     _poke(memory, PDE, 0)
     assert watch.changes(DIRECTORY) == ([], [])
+
+
+def test_directories_in_turn(memory: PhysicalMemory) -> None:
+    """What agreed once is not compared entry by entry again, until a directory or what is derived changes."""
+    other = 0x5000
+    _poke(memory, other + 8, TABLE | ALL)
+    watch = _watch(memory)
+    for _ in range(2):
+        assert watch.changes(other) == watch.changes(DIRECTORY) == ([], [])
+    _poke(memory, PDE + 4, OTHER | ALL)
+    _poke(memory, OTHER, 0xB000 | ALL)
+    watch.add(VA + 0x40_0000, OTHER, DIRECTORY)
+    assert watch.changes(DIRECTORY) == ([], [])
+    assert watch.changes(other) == ([], [(VA >> 22) + 1])
+    assert watch.changes(DIRECTORY) == ([], [])
+    _poke(memory, other + 8, OTHER | ALL)
+    assert watch.changes(DIRECTORY) == ([], [])
+    assert watch.changes(other) == ([], [VA >> 22])

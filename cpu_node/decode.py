@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpu_node.table import BY_OPCODE, Row
+from cpu_node.table import Row, rows_of
 
 MAX_LENGTH = 15
 ES, CS, SS, DS, FS, GS = range(6)
@@ -87,7 +87,7 @@ class Insn:
 def _match(mapno: int, opcode: int, selector: int, modrm: int) -> Row | None:
     """The row for an opcode; modrm -1 where there is no more byte."""
     found = None
-    for row in BY_OPCODE.get((mapno, opcode), ()):
+    for row in rows_of(mapno, opcode):
         if row.prefix is not None and row.prefix != selector:
             continue
         if row.ext is not None and row.ext != modrm >> 3 & 7:
@@ -145,7 +145,7 @@ def _decode(code: bytes, at: int, code16: bool) -> Insn:
         if opcode in (0x38, 0x3A):
             mapno, opcode = (2 if opcode == 0x38 else 3), code[i]
             i += 1
-    rows = BY_OPCODE.get((mapno, opcode))
+    rows = rows_of(mapno, opcode)
     if not rows:
         raise Undefined
     modrm = code[i] if rows[0].has_modrm or opcode in (0x62, 0xC4, 0xC5) else -1

@@ -9,6 +9,7 @@ Left out: more than one CPU; INIT and start-up IPIs; NMI where the machine has n
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import mmap
 import os
@@ -57,6 +58,7 @@ from memory_node.client import attach
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
 TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment: time from the start on; "cpu": CPU time
 CLOSE_S = 2.0
+GC_THRESHOLD = 20_000  # objects made between two looks for garbage: Python's 700 cost a boot one per cent
 KEEP_AT_ONCE = 2 << 20  # bytes of translations that an idle CPU writes to the disk: some 50 ms
 REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
 REPORTED_STATE = frozenset(("triple-fault",))
@@ -171,6 +173,8 @@ class Node:
         self._bus_thread.start()
         self._bus_ready.wait()
         engine.start(self.config.start)
+        gc.freeze()  # what is there now stays; what comes is mostly lines, which stay, too
+        gc.set_threshold(GC_THRESHOLD)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
         self._send(Event("ready", self.config.node))
         while not engine.stopping:

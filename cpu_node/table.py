@@ -19,6 +19,7 @@ A line of TABLE is `key mnemonic operands access words...`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -754,8 +755,27 @@ def _parse(line: str) -> Row:
                undefined, group)
 
 
-ROWS: tuple[Row, ...] = tuple(_parse(line) for line in (*TABLE.strip().splitlines(), *_families()))
+def _opcode_of(line: str) -> tuple[int, int]:
+    """(map, opcode), as `_parse` has them."""
+    key = line.split(" ", 1)[0].rpartition(".")[2].partition(":")[0].partition("/")[0].rstrip("mr")
+    return {2: 0, 4: 1}.get(len(key), 2 if key[2:4] == "38" else 3), int(key[-2:], 16)
 
-BY_OPCODE: dict[tuple[int, int], tuple[Row, ...]] = {}
-for _row in ROWS:
-    BY_OPCODE[_row.map, _row.opcode] = (*BY_OPCODE.get((_row.map, _row.opcode), ()), _row)
+
+_LINES: dict[tuple[int, int], list[str]] = {}
+for _line in (*TABLE.strip().splitlines(), *_families()):
+    _LINES.setdefault(_opcode_of(_line), []).append(_line)
+
+
+@functools.cache
+def rows_of(mapno: int, opcode: int) -> tuple[Row, ...]:
+    """The rows of an opcode, none where there is no such instruction.
+
+    Made when first asked for: a start with kept translations needs few, and all take 10 ms.
+    """
+    return tuple(_parse(line) for line in _LINES.get((mapno, opcode), ()))
+
+
+@functools.cache
+def all_rows() -> tuple[Row, ...]:
+    """Of all opcodes."""
+    return tuple(row for opcode in _LINES for row in rows_of(*opcode))

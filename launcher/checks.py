@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ class HostFacts:
     @classmethod
     def of_this_host(cls) -> HostFacts:
         meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-        return cls(platform.machine(), hwcap2(), available_bytes(meminfo))
+        return cls(os.uname().machine, hwcap2(), available_bytes(meminfo))
 
 
 def available_bytes(meminfo: str) -> int:

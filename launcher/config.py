@@ -8,7 +8,6 @@ Left out: includes, variables, several CPUs.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -216,6 +215,8 @@ def _explained(file: Path, plain: dict[str, Any], message: str) -> ConfigError:
     key = at.rstrip("`").lstrip(".").replace("[...]", "")
     if m := re.match(r"Object contains unknown field `(.*)`", problem):
         known = _known_keys(key, plain)
+        import difflib  # for this line alone
+
         near = difflib.get_close_matches(m[1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(known)
         return ConfigError(file, f"{key}.{m[1]}".lstrip("."), "unknown key", remedy)

@@ -18,7 +18,7 @@ from cpu_node.emit import Templates
 from cpu_node.emit_soft import templates_of
 from cpu_node.encode import SIMULATE, STOP
 from cpu_node.line import PAGE, page_line
-from cpu_node.table import ROWS, Row
+from cpu_node.table import Row, all_rows
 from cpu_node.translate import translate
 
 VA = 0x8000_0000
@@ -117,7 +117,7 @@ def _unknown_to_capstone(code: bytes) -> bool:
 def test_no_template_leaves_the_window_or_uses_the_guest_s_stack(mode: int) -> None:
     seen: set[bytes] = set()
     tried = 0
-    for row in ROWS:
+    for row in all_rows():
         for code in _instructions(row, PREFIXES if mode in (0, SOFT) else PREFIXES[:1]):
             made = _host_code(code, mode)
             if made is None or made[0] in seen or _unknown_to_capstone(made[0]):
@@ -139,7 +139,7 @@ def test_no_template_leaves_the_window_or_uses_the_guest_s_stack(mode: int) -> N
 
 
 def test_simulated_rows_are_exits_and_nothing_else() -> None:
-    for row in ROWS:
+    for row in all_rows():
         for code in _instructions(row, PREFIXES[:3]):
             made = _host_code(code, 0)
             if made is not None and made[1] in (SIMULATE, STOP):
@@ -150,7 +150,7 @@ def test_simulated_rows_are_exits_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(("mode", "group"), [(modes.NO_FPU, ("x87", "mmx", "sse")), (modes.NO_SSE, ("sse",))])
 def test_without_an_fpu_its_instructions_are_left_to_the_simulator(mode: int, group: tuple[str, ...]) -> None:
-    for row in ROWS:
+    for row in all_rows():
         for code in _instructions(row, PREFIXES[:2]):
             made = _host_code(code, mode)
             try:
@@ -179,7 +179,7 @@ _TESTED = sum(getattr(x86, name) for name in dir(x86) if name.startswith("X86_EF
 @pytest.mark.parametrize("mode", [0, SOFT], ids=modes.describe)
 def test_flags_are_left_alone_by_glue(mode: int) -> None:
     """Of instructions that don't write flags themselves, no host instruction does."""
-    for row in ROWS:
+    for row in all_rows():
         if row.action not in QUIET:
             continue
         for code in _instructions(row, PREFIXES[:3]):

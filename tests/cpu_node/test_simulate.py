@@ -11,7 +11,7 @@ import pytest
 from cpu_node import layout as at
 from cpu_node.contexts import DEVICE_AFTER
 from cpu_node.cpu import EAX, ECX, EDI, ESI
-from cpu_node.table import ROWS, Row
+from cpu_node.table import Row, all_rows
 from tests.cpu_node.board import CODE, DATA, DATA0, HANDLERS, MMIO, RW, STACK, US, Board, P
 from tests.cpu_node.child import isolated
 
@@ -25,7 +25,8 @@ _IMMEDIATES = {"Ib": b"\x05", "Ibs": b"\x05", "Iw": b"\x05\x00", "Iz": b"\x05\x0
 
 def _memory_rows() -> list[Row]:
     """Rows with a ModRM operand that can be memory and is accessed."""
-    return [row for row in ROWS if row.has_modrm and row.mod != "r" and row.rm_operand and row.access != "-"]
+    return [row for row in all_rows()
+            if row.has_modrm and row.mod != "r" and row.rm_operand and row.access != "-"]
 
 
 def _encode(row: Row, va: int) -> bytes:

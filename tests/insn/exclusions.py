@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from cpu_node.table import ROWS, Row
+from cpu_node.table import Row, all_rows
 
 HOST_KERNEL = "enters the host kernel"
 EXCLUDED: dict[str, str] = {
@@ -39,7 +39,7 @@ def same_at_cpl0(row: Row) -> bool:
     return row.action not in PRIVILEGED_ACTIONS
 
 
-TESTED_ROWS = tuple(row for row in ROWS if why_excluded(row) is None)
+TESTED_ROWS = tuple(row for row in all_rows() if why_excluded(row) is None)
 
 
 class Reason(StrEnum):

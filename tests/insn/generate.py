@@ -13,7 +13,7 @@ from __future__ import annotations
 from random import Random
 
 from cpu_node.decode import Undefined, decode
-from cpu_node.table import ROWS, Row
+from cpu_node.table import Row, all_rows
 from tests.insn.draft import CODE, DATA, HIGH, MASK, Draft
 from tests.insn.exclusions import TESTED_ROWS, same_at_cpl0
 from tests.insn.groups import ILLEGAL, SELF_MODIFYING, SEQUENCE, group_of
@@ -82,7 +82,7 @@ SEQUENCE_ROWS = tuple(
 )
 # data segments of the LDT whose pages lie at small offsets
 SMALL_SELECTORS = tuple(ldt_selector(n) for n in (0, 0, 1, 2))
-ADD_AL = next(row for row in ROWS if row.key == "04")
+ADD_AL = next(row for row in all_rows() if row.key == "04")
 
 
 def write(row: Row, draft: Draft) -> Instance:
@@ -327,7 +327,7 @@ def _store(rng: Random, victim: int, width: int) -> bytes:
 
 def _register_form(rng: Random) -> bytes | None:
     """The register form of an instruction that has only a memory form, and the other way round."""
-    row = rng.choice(ROWS)
+    row = rng.choice(all_rows())
     if not row.mod or (row.map, row.opcode) in HOST_HAS_MORE or row.rm is not None:
         return None
     modrm = (row.ext if row.ext is not None else rng.randrange(8)) << 3 | rng.choice((0, 1, 2, 3, 6, 7))

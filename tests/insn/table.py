@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from cpu_node.table import FLAG_BITS, ROWS
+from cpu_node.table import FLAG_BITS, all_rows
 from tests.insn.exclusions import EXCLUDED, Reason
 from tests.insn.executors import EXECUTORS
 from tests.insn.forms import summary
@@ -101,7 +101,7 @@ def _excluded(report: Report) -> str:
 
 def _masked() -> str:
     by_flags: dict[str, set[str]] = defaultdict(set)
-    for row in ROWS:
+    for row in all_rows():
         if row.undefined:
             flags = "".join(f for f, bit in FLAG_BITS.items() if row.undefined & bit)
             by_flags[flags].add(row.mnemonic)

@@ -61,7 +61,9 @@ def write_frame(
 def read_frame(
     memory: LinearMemory, segment: Segment, sp: int, count: int, size: int, user: bool, error: int = 0
 ) -> Sequence[int]:
-    """`count` values from `sp` upwards, zero-extended; #SS(error) outside the segment."""
+    """`count` values from `sp` upwards, zero-extended; #SS(error) outside the segment. For 0 none is read."""
+    if not count:
+        return ()
     start = sp & segment.span
     last = start + count * size - 1
     if size == 4 and segment.lowest <= start and last <= segment.highest and last <= segment.span:

@@ -10,14 +10,12 @@ import pytest
 
 from cpu_node.cpu import CR4_DE, DR6_BD, DR6_BS
 from cpu_node.descriptor import TRAP_GATE32
-from cpu_node.errors import DB, UD
+from cpu_node.errors import UD
 from cpu_node.flags import IF, RF, TF
 from tests.cpu_node.board import CODE, DATA, DATA0, Board, asm
 from tests.cpu_node.child import isolated
+from tests.cpu_node.debuglog import HANDLER, IRET, log_debug_exceptions, logged
 
-HANDLER = 0x110000
-LOG = 0x210000  # dwords: EIP, DR6, ... of each #DB
-IRET = ".byte 0xcf"
 END = "out 0xf4, al"  # HLT under TF goes on
 SET_TF = "pushfd\nor dword ptr [esp], 0x100\npopfd"
 
@@ -25,30 +23,13 @@ SET_TF = "pushfd\nor dword ptr [esp], 0x100\npopfd"
 def _board() -> Board:
     """#DB logs EIP and DR6, clears DR6 and returns with RF set, as debuggers do."""
     board = Board()
-    board.gate(DB, HANDLER)
-    board.load(f"""
-        push eax
-        push ebx
-        mov ebx, [{LOG:#x}]
-        mov eax, [esp+8]
-        mov [ebx], eax
-        mov eax, dr6
-        mov [ebx+4], eax
-        add dword ptr [{LOG:#x}], 8
-        xor eax, eax
-        mov dr6, eax
-        or dword ptr [esp+16], {RF:#x}
-        pop ebx
-        pop eax
-        {IRET}""", HANDLER)
-    board.poke32(LOG, LOG + 8)
+    log_debug_exceptions(board)
     board.on_port = lambda port, value: setattr(board.engine, "stopping", port == 0xF4)
     return board
 
 
 def _log(board: Board) -> list[tuple[int, int]]:
-    end = board.peek32(LOG)
-    return [(board.peek32(at), board.peek32(at + 4) & 0xE00F) for at in range(LOG + 8, end, 8)]
+    return [(eip, dr6 & 0xE00F) for eip, dr6 in logged(board)]
 
 
 def _steps(board: Board, text: str) -> list[int]:

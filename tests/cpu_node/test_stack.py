@@ -175,3 +175,10 @@ def test_user_stack_accesses_are_user_accesses(m):
     assert m.faults(stack.push, m.cpu, (1,), 4) == (PF, 7)
     m.cpu.regs[ESP] -= 4
     assert m.faults(stack.popf, m.cpu, 4) == (PF, 5)
+
+
+def test_a_frame_of_no_values_is_not_looked_for(m):
+    """A call gate without parameters: the caller's ESP may point to where no page is [SDM vol. 2 CALL]."""
+    nowhere = object()
+    for size in (2, 4):
+        assert list(stack.read_frame(nowhere, m.cpu.seg[SS], 0x1000, 0, size, True)) == []

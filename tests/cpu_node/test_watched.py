@@ -8,14 +8,11 @@ from __future__ import annotations
 import pytest
 
 from cpu_node import mode as modes
-from cpu_node.errors import DB, UD
-from cpu_node.flags import RF
+from cpu_node.errors import UD
 from tests.cpu_node.board import CODE, DATA, DIRECTORY, PS, RW, US, A, Board, D, P
 from tests.cpu_node.child import isolated
+from tests.cpu_node.debuglog import log_debug_exceptions, logged
 
-HANDLER = 0x110000
-LOG = 0x210000  # where the next entry goes; entries are EIP and DR6
-IRET = ".byte 0xcf"
 FAR = CODE + 0x3000  # another page of code
 ROUNDS = 2000
 LOOP = f"""
@@ -36,23 +33,7 @@ class Watching(Board):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate(DB, HANDLER)
-        self.load(f"""
-            push eax
-            push ebx
-            mov ebx, [{LOG:#x}]
-            mov eax, [esp+8]
-            mov [ebx], eax
-            mov eax, dr6
-            mov [ebx+4], eax
-            add dword ptr [{LOG:#x}], 8
-            xor eax, eax
-            mov dr6, eax
-            or dword ptr [esp+16], {RF:#x}
-            pop ebx
-            pop eax
-            {IRET}""", HANDLER)
-        self.poke32(LOG, LOG + 8)
+        log_debug_exceptions(self)
         self.paging()
         self.steps = 0
         step = self.engine.interpreted
@@ -66,8 +47,7 @@ class Watching(Board):
     @property
     def log(self) -> list[tuple[int, int]]:
         """(EIP from CODE, B0 to B3) of each #DB."""
-        end = self.peek32(LOG)
-        return [(self.peek32(at) - CODE, self.peek32(at + 4) & 0xF) for at in range(LOG + 8, end, 8)]
+        return [(eip - CODE, dr6 & 0xF) for eip, dr6 in logged(self)]
 
     def arm(self, number: int, va: int, kind: int, length: int = 1) -> None:
         size = {1: 0, 2: 1, 4: 3}[length]

@@ -198,6 +198,16 @@ class Builder:
         return pack_gate(kind, selector, p.TARGET, dpl=r.choice((3, 3, 3, 0, 1, 2)), parameters=count,
                          present=bool(r.randrange(12)))  # fmt: skip
 
+    def gate_to_absent(self, selector: int) -> bool:
+        """Is it of a call gate to a code segment that isn't present?"""
+        gate = self.descriptor(selector)
+        target = self.descriptor(gate >> 16 & 0xFFFF)
+        return gate >> 40 & 0x17 == 4 and target >> 40 & 0x98 == 0x18
+
+    def descriptor(self, selector: int) -> int:
+        at = (p.LDT if selector & 4 else p.GDT) + (selector & 0xFFF8)
+        return int.from_bytes(self.memory[at : at + 8], "little")
+
     def code_selector(self) -> int:
         """Mostly of a code segment with base 0."""
         rpl = self.r.randrange(4)

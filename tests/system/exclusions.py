@@ -118,6 +118,16 @@ AVOIDED = (
         "5.3, 5.5",
         "checks neither; tests/insn has them, with the host's processor as the judge",
     ),
+    (
+        "operands across offset FFFFh in virtual-8086 mode",
+        "20.1.1, 22.34.1, and each instruction's virtual-8086 mode exceptions",
+        "accesses the byte behind; the manual says #GP(0), #SS(0) in the stack segment",
+    ),
+    (
+        "JMP through a call gate to a code segment that isn't present",
+        "vol. 2 JMP, CALL-GATE",
+        "#GP of its selector; the manual says #NP of it",
+    ),
     ("CR0: PG without PE, NW without CD", "2.5", "raises no #GP"),
     ("CR4: reserved bits", "2.5", "takes some of them and stops"),
     ("LTR with a null selector", "vol. 2 LTR", "takes it; the manual says #GP(0)"),

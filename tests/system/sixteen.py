@@ -21,7 +21,7 @@ def text16(b: Builder, v86: bool) -> str:
     port = r.choice((0x80, 0xED))
     forms: tuple[str, ...] = (
         "nop", "inc ax", "pushf\npop dx", "push ax\npop cx", "cli", f"int {r.choice((0x50, 0x51, 0x52, 0x60))}",
-        "pushf\npush cs\ncall near_\nnear_: pop ax\nadd ax, 7\npush ax\n.byte 0xcf".replace("near_", "near0"),
+        "pushf\npush cs\ncall near_\nnear_: pop ax\nadd ax, 6\npush ax\n.byte 0xcf".replace("near_", "near0"),
         f"push {r.getrandbits(16) & ~0x4300 | 2}\npopf\npushf\npop dx", f"mov dx, {port}\nout dx, al",
         "mov bx, 0x8100\nmov ax, [bx]\nmov word ptr [bx+2], 0x1234", "int3", ".byte 0xce",
         "mov bx, 0xffff\nmov al, [bx]", "smsw ax", "lar ax, bx", "hlt" if v86 else "nop", "mov eax, cr0", "lmsw ax",

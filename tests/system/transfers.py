@@ -84,12 +84,15 @@ def far_transfer(b: Builder, cpl: int) -> str:
     selector = b.selector(cpl, low, high)
     offset = p.TARGET
     how = r.randrange(8)
-    if how < 2:
+    no_jump = b.gate_to_absent(selector)
+    if how < 2 and not no_jump:
         return far32("0xea", offset, selector)
     if how < 4:
         return "push 0x1111\npush 0x2222\n" + far32("0x9a", offset, selector)
     if how < 6:
         opcode = r.choice(("0xff, 0x2d", "0xff, 0x1d"))
+        if no_jump:
+            opcode = "0xff, 0x1d"
         return f".byte 0x2e, {opcode}\n{long(far_pointer(b, offset, selector))}"
     wide = r.choice((0, 0, 1))
     outer = r.randrange(4)

@@ -1,0 +1,1 @@
+"""Delivery of interrupts and exceptions."""

@@ -26,7 +26,8 @@ from cpu_node.window import Space, Window
 
 MAX_SPACES = 48
 MAX_MAPPINGS = 40_000  # the host allows 65,530
-COUNT_EVERY = 6000  # changes of windows, each of them worth three mappings at most
+COUNT_EVERY = 6000  # changes of windows
+MAPPINGS_OF_A_CHANGE = 3  # at most
 DEVICE_AFTER = 8  # accesses to devices before an instruction is left to the simulator
 MIXED_AFTER = 4  # writes to a page's code before its translations verify themselves
 
@@ -87,9 +88,11 @@ class Contexts:
         return space
 
     def _make_room(self) -> None:
-        """Close the spaces used longest ago."""
-        while len(self.spaces) >= self.max_spaces or (self.spaces and self._mappings() > self.max_mappings):
+        """For one more space, which is going to take some mappings: close those used longest ago."""
+        while len(self.spaces) >= self.max_spaces:
             self._close_oldest()
+        if self.spaces:
+            self._changed_windows(self.code.splits() // MAPPINGS_OF_A_CHANGE)
 
     def _close_oldest(self) -> None:
         _, old = self.spaces.popitem(last=False)

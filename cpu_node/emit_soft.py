@@ -176,8 +176,6 @@ class SoftTemplates(Templates):
             return self._simulate(insn)
         head, op = legacy(insn), opcode_bytes(insn)
         missed = _FWAIT if row.waits else _ALIGNED if row.aligned else b""  # faults that come before #PF
-        if row.aligned and size == 16:
-            size = 1  # where it is aligned the rest is on the same page, elsewhere the host faults
         out = _Code().address(insn)
         if "Gb" in row.operands and insn.reg >= _HIGH_BYTE:  # can't be named with a REX prefix
             if insn.reg == _CH:

@@ -187,6 +187,65 @@ def test_children_end_with_the_fork_server(tmp_path: Path) -> None:
     wait_until(lambda: process_state(child.pid)[0] in ("gone", "ended"), "the child ends")
 
 
+AHEAD = Preload((), "tests.launcher.test_parts")
+
+
+def process_ahead(server: ForkServer) -> int:
+    """Its pid, once it is there."""
+
+    def found() -> list[int]:
+        pids = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "ahead\n"]
+
+    wait_until(lambda: bool(found()), "a process forked ahead")
+    return found()[0]
+
+
+def test_the_child_forked_ahead_is_as_the_others(tmp_path: Path) -> None:
+    server = ForkServer.start(AHEAD)
+    try:
+        pid = process_ahead(server)
+        first, second = (server.fork(spec(tmp_path, "looks")) for _ in range(2))
+        assert first.pid == pid != second.pid
+        for child in (first, second):
+            assert server.wait_status(child, 30.0) == 0
+            os.close(child.pidfd)
+    finally:
+        server.stop()
+    assert (tmp_path / "log").read_text() == 2 * "[0, 1, 2] True True\ntitle node\n"
+
+
+def test_a_child_forked_ahead_and_killed_is_replaced(tmp_path: Path) -> None:
+    server = ForkServer.start(AHEAD)
+    try:
+        pid = process_ahead(server)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: process_state(pid)[0] in ("gone", "ended"), "it ends")
+        child = server.fork(spec(tmp_path, "exits_with", status=3))
+        assert child.pid != pid
+        assert os.waitstatus_to_exitcode(server.wait_status(child, 30.0) or 0) == 3
+    finally:
+        server.stop()
+
+
+def test_a_child_forked_ahead_whose_module_does_not_import_says_so(tmp_path: Path) -> None:
+    server = ForkServer.start(Preload((), "tests.launcher.nothing"))
+    try:
+        entry = "tests.launcher.nothing.run"
+        child = server.fork(ChildSpec("node", entry, {"machine": "m"}, "title", tmp_path / "log"))
+        assert os.waitstatus_to_exitcode(server.wait_status(child, 30.0) or 0) == 1
+    finally:
+        server.stop()
+    assert "No module named 'tests.launcher.nothing'" in (tmp_path / "log").read_text()
+
+
+def test_a_child_forked_ahead_ends_with_the_fork_server(tmp_path: Path) -> None:
+    server = ForkServer.start(AHEAD)
+    pid = process_ahead(server)
+    server.stop()
+    wait_until(lambda: process_state(pid)[0] in ("gone", "ended"), "it ends")
+
+
 # ---- plan ---------------------------------------------------------------------------------------
 
 

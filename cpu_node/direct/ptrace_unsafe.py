@@ -20,27 +20,8 @@ from ptrace import PtraceError
 from ptrace.binding import func
 from ptrace.binding.linux_struct import siginfo, user_fpregs_struct, user_regs_struct
 
-from cpu_node.direct import image
-from cpu_node.direct.exits import (
-    FX_USED,
-    USER_CODE32,
-    USER_CODE64,
-    USER_DATA,
-    Breakpoint,
-    DirectUnavailable,
-    Exit,
-    Fault,
-    ForeignMode,
-    Gone,
-    GuestState,
-    Kicked,
-    MapRefused,
-    PageFault,
-    SingleStep,
-    SoftwareTrap,
-    SystemCall,
-    Wait,
-)
+from cpu_node.direct import exits, image
+from cpu_node.direct.exits import FX_USED, USER_CODE32, USER_CODE64, USER_DATA
 from cpu_node.direct.spawn_unsafe import LIST_FD, RAM_FD, CallList, Program
 
 _SYSEMU, _SEIZE, _INTERRUPT, _CONT = 31, 0x4206, 0x4207, 7  # ptrace requests
@@ -81,7 +62,7 @@ class PtraceBackend:
         try:
             return PtraceChild(self._program, self.ram_fd)
         except (OSError, PtraceError) as error:
-            raise DirectUnavailable(f"ptrace: {' '.join(str(error).split())}") from error
+            raise exits.DirectUnavailable(f"ptrace: {' '.join(str(error).split())}") from error
 
 
 class PtraceChild:
@@ -157,7 +138,7 @@ class PtraceChild:
             if self._trampoline(image.LIST_LOOP, 0) != signal.SIGTRAP:
                 done = len(batch) - self._get(_R13)
                 self._queue.clear()
-                raise MapRefused(f"{batch[done]}: errno {(1 << 64) - self._get(_RAX)}")
+                raise exits.MapRefused(f"{batch[done]}: errno {(1 << 64) - self._get(_RAX)}")
 
     def _trampoline(self, entry: int, rax: int) -> int:
         """Run code of image.py from registers set so far; the signal that ended it."""
@@ -202,7 +183,7 @@ class PtraceChild:
         enabled = sum(1 << 2 * index for index in range(len(self._breakpoints)))
         func.ptrace(_POKEUSER, self.pid, _DEBUG_REGISTERS + 8 * _DR7, enabled)
 
-    def run(self, state: GuestState, wait: Wait) -> Exit:
+    def run(self, state: exits.GuestState, wait: exits.Wait) -> exits.Exit:
         pid, ran = self.pid, False
         try:
             if self._queue:
@@ -233,18 +214,18 @@ class PtraceChild:
             self.stops += 1
             if not os.WIFSTOPPED(status):
                 self._reaped = True
-                return Gone(f"it ended with status {status:#x}", True)
+                return exits.Gone(f"it ended with status {status:#x}", True)
             func.ptrace(_GETREGS, pid, 0, self._registers_ha)
             func.ptrace(_GETFPREGS, pid, 0, self._fpregs_ha)
             return self._exit(state, status)
         except (ProcessLookupError, PtraceError) as error:
-            return Gone(" ".join(str(error).split()), ran)
+            return exits.Gone(" ".join(str(error).split()), ran)
 
     def _signal_pending(self) -> bool:
         _PEEK.pack_into(self._peek, 0, 0, 0, 1)
         return bool(func.ptrace(_PEEKSIGINFO, self.pid, self._peek_ha, self._siginfo_ha))
 
-    def _exit(self, state: GuestState, status: int) -> Exit:
+    def _exit(self, state: exits.GuestState, status: int) -> exits.Exit:
         regs = _REGS.unpack(self._regs)
         number = status >> 8 & 0xFF
         eax = regs[_ORIG] if number == _SYSCALL_STOP else regs[_RAX]
@@ -258,32 +239,32 @@ class PtraceChild:
         self._fx_in_child = bytes(self._fx[:FX_USED])
         state.fx[:FX_USED] = self._fx_in_child
         if regs[_CS] != USER_CODE32:
-            return ForeignMode(regs[_CS])
+            return exits.ForeignMode(regs[_CS])
         if number == _SYSCALL_STOP:
-            return SystemCall()
+            return exits.SystemCall()
         if status >> 16:  # a ptrace event: our interrupt
-            return Kicked()
+            return exits.Kicked()
         match number:
             case signal.SIGSEGV | signal.SIGBUS | signal.SIGTRAP:
                 return self._explained(number)
             case signal.SIGFPE | signal.SIGILL:
-                return Fault()
+                return exits.Fault()
             case _:  # somebody sent it; it goes no further
-                return Kicked()
+                return exits.Kicked()
 
-    def _explained(self, number: int) -> Exit:
+    def _explained(self, number: int) -> exits.Exit:
         func.ptrace(_GETSIGINFO, self.pid, 0, self._siginfo_ha)
         info = self._siginfo
         code = info.si_code
         if code <= 0:  # from kill(), not from the processor
-            return Kicked()
+            return exits.Kicked()
         if number == signal.SIGTRAP:
             if code == _TRAP_HWBKPT:
-                return Breakpoint()
-            return SingleStep() if code == _TRAP_TRACE else SoftwareTrap()
+                return exits.Breakpoint()
+            return exits.SingleStep() if code == _TRAP_TRACE else exits.SoftwareTrap()
         if number == signal.SIGSEGV and code in (_SEGV_MAPERR, _SEGV_ACCERR, _SEGV_PKUERR):
-            return PageFault((info._sigfault._addr or 0) & 0xFFFF_FFFF, None)
-        return Fault()
+            return exits.PageFault((info._sigfault._addr or 0) & 0xFFFF_FFFF, None)
+        return exits.Fault()
 
     def close(self) -> None:
         if not self._reaped:

@@ -22,27 +22,10 @@ import signal
 import struct
 import time
 
-from cpu_node.direct import image
+from cpu_node.direct import exits, image
 from cpu_node.direct import seccomp_image as at
 from cpu_node.direct.clock import cpu_ns
-from cpu_node.direct.exits import (
-    FX_USED,
-    USER_CODE32,
-    USER_CODE64,
-    DirectUnavailable,
-    Exit,
-    Fault,
-    ForeignMode,
-    Gone,
-    GuestState,
-    Kicked,
-    MapRefused,
-    PageFault,
-    SingleStep,
-    SoftwareTrap,
-    SystemCall,
-    Wait,
-)
+from cpu_node.direct.exits import FX_USED, USER_CODE32, USER_CODE64
 from cpu_node.direct.spawn_unsafe import RAM_FD, CallList, Program
 
 _WALL = 0x4000_0000
@@ -79,7 +62,7 @@ class SeccompBackend:
         try:
             return SeccompChild(self._program, self.ram_fd)
         except OSError as error:
-            raise DirectUnavailable(f"seccomp: {' '.join(str(error).split())}") from error
+            raise exits.DirectUnavailable(f"seccomp: {' '.join(str(error).split())}") from error
 
 
 class SeccompChild:
@@ -152,7 +135,7 @@ class SeccompChild:
             if result:
                 self._queue.clear()
                 failed = batch[len(batch) - self._word(at.LEFT) - 1]
-                raise MapRefused(f"{failed}: errno {(1 << 64) - result}")
+                raise exits.MapRefused(f"{failed}: errno {(1 << 64) - result}")
 
     def set_breakpoints(self, addresses: tuple[int, ...]) -> None:
         if addresses:
@@ -160,7 +143,7 @@ class SeccompChild:
 
     # ---- running
 
-    def run(self, state: GuestState, wait: Wait) -> Exit:
+    def run(self, state: exits.GuestState, wait: exits.Wait) -> exits.Exit:
         ran = False
         try:
             self._look_alive()
@@ -184,10 +167,10 @@ class SeccompChild:
                 status = self._obeyed()
             if not os.WIFSTOPPED(status):
                 self._reaped.add(self.pid)
-                return Gone(f"it ended with status {status:#x}", True)
+                return exits.Gone(f"it ended with status {status:#x}", True)
             return self._exit(state)
         except (ProcessLookupError, ChildProcessError) as error:
-            return Gone(str(error), ran)
+            return exits.Gone(str(error), ran)
 
     def _look_alive(self) -> None:
         """Raises ProcessLookupError where it has died since it stopped."""
@@ -224,7 +207,7 @@ class SeccompChild:
             raise ProcessLookupError("its floating-point frame lies elsewhere")
         return uc, fp
 
-    def _load(self, state: GuestState) -> None:
+    def _load(self, state: exits.GuestState) -> None:
         frame = self._frame
         _, fp = self._context()
         eax, ecx, edx, ebx, esp, ebp, esi, edi = state.regs
@@ -239,7 +222,7 @@ class SeccompChild:
         struct.pack_into("<6Q", frame, at.DS, state.ds, state.es, state.fs, state.gs, state.fs_base,
                          state.gs_base)
 
-    def _exit(self, state: GuestState) -> Exit:
+    def _exit(self, state: exits.GuestState) -> exits.Exit:
         frame = self._frame
         uc, fp = self._context()
         number, _, info, _, ds, es, fs, gs, fs_base, gs_base, *_ = at.WORDS.unpack_from(frame, 0)
@@ -250,29 +233,29 @@ class SeccompChild:
             raise ProcessLookupError("its signal frame lies elsewhere")
         (code,) = struct.unpack_from("<i", frame, place)
         if code <= 0 and cs == USER_CODE64 and eip in at.RETURNING:
-            return Kicked()  # before anything ran: `state` is what it was loaded from
+            return exits.Kicked()  # before anything ran: `state` is what it was loaded from
         state.regs[:] = [value & 0xFFFF_FFFF for value in (eax, ecx, edx, ebx, esp, ebp, esi, edi)]
         state.eip, state.eflags = eip & 0xFFFF_FFFF, eflags & ~_RF
         state.ss, state.ds, state.es, state.fs, state.gs = ss, ds, es, fs, gs
         state.fs_base, state.gs_base = fs_base, gs_base
         state.fx[:FX_USED] = frame[fp : fp + FX_USED]
         if cs != USER_CODE32:
-            return ForeignMode(cs)
+            return exits.ForeignMode(cs)
         if code <= 0:  # from kill(): the node's, or somebody's
-            return Kicked()
+            return exits.Kicked()
         match number:
             case signal.SIGSYS:
-                return SystemCall()
+                return exits.SystemCall()
             case signal.SIGSEGV if trap == _TRAP_PAGE_FAULT:
-                return PageFault(cr2 & 0xFFFF_FFFF, bool(error & _PF_WRITE))
+                return exits.PageFault(cr2 & 0xFFFF_FFFF, bool(error & _PF_WRITE))
             case signal.SIGSEGV if trap == _TRAP_OVERFLOW:
-                return SoftwareTrap()
+                return exits.SoftwareTrap()
             case signal.SIGTRAP:
-                return SingleStep() if code == _TRAP_TRACE else SoftwareTrap()
+                return exits.SingleStep() if code == _TRAP_TRACE else exits.SoftwareTrap()
             case signal.SIGSEGV | signal.SIGBUS | signal.SIGFPE | signal.SIGILL:
-                return Fault()
+                return exits.Fault()
             case _:
-                return Kicked()
+                return exits.Kicked()
 
     def close(self) -> None:
         if self._closed:

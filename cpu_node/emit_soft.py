@@ -175,7 +175,7 @@ class SoftTemplates(Templates):
         if not size:
             return self._simulate(insn)
         head, op = legacy(insn), opcode_bytes(insn)
-        missed = _FWAIT if row.waits else _ALIGNED if row.aligned else b""  # faults that come before #PF
+        missed = (_FWAIT if row.waits else b"") + (_ALIGNED if row.aligned else b"")  # what comes before #PF
         out = _Code().address(insn)
         if "Gb" in row.operands and insn.reg >= _HIGH_BYTE:  # can't be named with a REX prefix
             if insn.reg == _CH:

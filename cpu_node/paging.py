@@ -41,6 +41,10 @@ class PhysicalMemory:
         """A page-table entry; nothing answers beyond RAM, and an open bus reads as ones."""
         return int(self.dwords[pa >> 2]) if pa < self.size else 0xFFFFFFFF
 
+    def table(self, pa: int) -> list[int]:
+        """The 1024 entries of a table; fewer where RAM ends."""
+        return self.dwords[pa >> 2 : (pa >> 2) + 1024].tolist()
+
 
 class Walker:
     """Translates linear addresses; control registers are copied in by `configure`."""

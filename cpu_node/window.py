@@ -254,6 +254,12 @@ class Space:
         both = (self.kernel,) if self._user is None else (self.kernel, self._user)
         return both if self.direct is None else (*both, self.direct)
 
+    def pages_for_child(self) -> int:
+        """How many pages, about, the process that is to run user code must be shown before it starts."""
+        if self._user is None:
+            return 0
+        return max(0, len(self._user.small) - (len(self.direct.small) if self.direct is not None else 0))
+
     def hides(self, va_big: int) -> bool:
         """Is a hidden page among these 4 MiB?"""
         return any(page >> 10 == va_big for page in self.hidden)

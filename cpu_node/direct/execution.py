@@ -44,7 +44,7 @@ from cpu_node.direct.waiting import Waiting
 from cpu_node.direct.window import MAX_PAGES, ChildWindow, Forbidden
 from cpu_node.errors import GP, UD, GuestFault
 from cpu_node.flags import AC, DF, FIXED, ID, IF, IOPL, NT, OF, STATUS, TF, VIF, VIP, VM
-from cpu_node.paging import FRAME, PS, US, P
+from cpu_node.paging import FRAME, PS, US, A, P
 from cpu_node.segments import load_segment
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from cpu_node.window import Space
 
 MAX_CHILDREN = 24
+SHOWN_MOST = 512  # pages that a child is shown because they have been accessed
 STUCK_AFTER = 8  # page faults of one instruction in a row, more than it has pages: the simulator does it
 LOADABLE = frozenset((0, 0x23, 0x33))  # selectors that mean the same to the host: null, or flat and readable
 _NATIVE = STATUS | TF | DF | NT | AC | ID  # EFLAGS that CPL 3 changes
@@ -86,7 +87,6 @@ class Direct:
         self._wait = Waiting(engine)
         self._state = GuestState()
         self._spaces: OrderedDict[Space, ChildWindow] = OrderedDict()  # by last use
-        self._id_flag = 0  # EFLAGS.ID, which can't be set in a child, as the last one had it
         self._stuck = (0, 0, 0)  # EIP, ECX, page faults in a row with these
         self.broken: str | None = None  # why there is no direct execution any more
 
@@ -104,9 +104,14 @@ class Direct:
             self.refusals += 1
             return False
         window = self._window(space)
-        if window is None or self.engine.cpu.eip >> 12 in window.unfit:
+        cpu = self.engine.cpu
+        if window is None or cpu.eip >> 12 in window.unfit or cpu.eflags & ID != window.id_flag:
             self.refusals += 1
             return False
+        if window.behind:
+            self._catch_up(space, window)
+        if window.missed is not None:
+            self._show_missed(window)
         self._load()
         while True:
             begin = self.clocks.child_ns(window.child.pid)
@@ -126,7 +131,7 @@ class Direct:
                 if event.ran:
                     raise GuestFault(GP, 0)  # its registers are lost, and can't be had by running it again
                 return True
-            adopted = self._store()
+            adopted = self._store(window)
             if not isinstance(event, PageFault):
                 break
             if adopted:
@@ -156,7 +161,9 @@ class Direct:
                 return
             stretch = clocks.own_ns() - begin
             self.translated_ns += stretch
-            if auto is not None and auto.translated(space.pace, stretch, traps):
+            if auto is not None and auto.translated(space.pace, stretch, traps, space.pages_for_child()):
+                if isinstance(space.direct, ChildWindow):
+                    space.direct.behind = True
                 engine.mode_changed()
 
         return entered
@@ -179,7 +186,7 @@ class Direct:
         """Would the host run the code at cpu.eip as the guest's processor does?"""
         cpu = self.engine.cpu
         flags = cpu.eflags
-        if flags & _REFUSED or not flags & IF or flags & ID != self._id_flag or cpu.inhibit_interrupts:
+        if flags & _REFUSED or not flags & IF or cpu.inhibit_interrupts:
             return False
         return _plain(cpu.seg[FS]) and _plain(cpu.seg[GS])
 
@@ -203,8 +210,27 @@ class Direct:
             self._give_up(str(error))
             return None
         space.direct = self._spaces[space] = window
-        window.copy(space.user)
         return window
+
+    def _catch_up(self, space: Space, window: ChildWindow) -> None:
+        """Show a child what its code will want: what the user's window shows, and besides what the guest's
+        tables say has been accessed. That is above all code, which no window shows while it is translated.
+        """
+        window.behind = False
+        window.copy(space.user)
+        walker, need, left = self.engine.walker, P | US | A, SHOWN_MOST
+        if not walker.paging:
+            return
+        for index, pde in enumerate(walker.memory.table(walker.cr3)):
+            if pde & need != need or pde & PS:
+                continue
+            for page, pte in enumerate(walker.memory.table(pde & FRAME), index << 10):
+                if pte & need != need or page in window.small or page << 12 < self._lowest:
+                    continue
+                if not left:
+                    return
+                left -= 1
+                self._fill(page << 12, False)
 
     def _give_up(self, why: str) -> None:
         """From now on everything is translated."""
@@ -233,12 +259,12 @@ class Direct:
         state.gs, state.gs_base = (gs.selector, gs.base) if gs.usable else (0, 0)
         state.fx[:FX_USED] = record.b[at.FX : at.FX + FX_USED]
 
-    def _store(self) -> bool:
+    def _store(self, window: ChildWindow) -> bool:
         """Take the registers over; True when the guest had loaded a segment register natively."""
         engine, state = self.engine, self._state
         cpu, record = engine.cpu, engine.record
         self._put_general()
-        self._id_flag = state.eflags & ID
+        window.id_flag = state.eflags & ID
         record.b[at.FX : at.FX + FX_USED] = state.fx[:FX_USED]
         fs, gs = cpu.seg[FS], cpu.seg[GS]
         adopted = self.exits["segment loaded"]
@@ -289,15 +315,26 @@ class Direct:
         if shown is not None and page not in window.executable and self._fetched(va):
             return window.allow_execution(page)
         write = event.write
+        window.missed = va  # if the guest's #PF comes of it
         if write is None:
             write = shown is not None
             if shown is None and not self._granted(va):
                 self._simulate()  # the guest's #PF, which says whether it was a write
                 return False
-        if not self._fill(va, write):
+        filled = self._fill(va, write)
+        window.missed = None
+        if not filled:
             self._simulate()  # a device's registers
-            return False
-        return True
+        return filled
+
+    def _show_missed(self, window: ChildWindow) -> None:
+        """Code that had a #PF is about to go on: show the page before it traps again, if there is one.
+
+        Nothing is set in the guest's tables that isn't there: it may never make that access.
+        """
+        va, window.missed = window.missed, None
+        if va is not None and va >> 12 not in window.small and self._granted(va, A):
+            self._fill(va, False)
 
     def _fetched(self, va: int) -> bool:
         """Was the access at `va`, in a page that may be read, the fetch of the instruction at EIP?"""
@@ -306,18 +343,18 @@ class Direct:
             return True
         return not va & 0xFFF and 0 < va - eip < _LONGEST
 
-    def _granted(self, va: int) -> bool:
-        """Do the guest's tables let user code read at `va`? Nothing is set or raised."""
-        walker = self.engine.walker
+    def _granted(self, va: int, more: int = 0) -> bool:
+        """Do the guest's tables let user code read at `va`, with `more` set too? Nothing is set or raised."""
+        walker, need = self.engine.walker, P | US | more
         if not walker.paging:
             return True
         entry = walker.memory.entry
         pde = entry(walker.cr3 + (va >> 22 << 2))
-        if pde & (P | US) != P | US:
+        if pde & need != need:
             return False
         if pde & PS and walker.big_pages:
             return True
-        return entry((pde & FRAME) + (va >> 10 & 0xFFC)) & (P | US) == P | US
+        return entry((pde & FRAME) + (va >> 10 & 0xFFC)) & need == need
 
     def _fill(self, va: int, write: bool) -> bool:
         """Show what an access at `va` needs. False: no memory there. Raises GuestFault."""

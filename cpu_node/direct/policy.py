@@ -2,8 +2,9 @@
 
 A trap (system call, fault, interrupt) of directly run code costs more than one of translated code; between
 traps direct code gains. So every stretch of user code without a trap earns its time less a price, the time
-that direct execution must save to pay for one trap. Who has earned enough goes direct; who then loses as much
-comes back, and has to earn twice as much the next time. Why these figures: docs/decisions/030-when-direct.md.
+that direct execution must save to pay for one trap. Who has earned enough goes direct, where enough is more
+the more pages a child must be shown; who then loses as much comes back, and has to earn twice as much the
+next time. Why these figures: docs/decisions/030-when-direct.md.
 Left out: what kind of trap it was.
 """
 
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EARN_NS = 20_000_000  # to go direct; about what starting a child and showing it its pages costs, times four
+EARN_NS = 20_000_000  # to go direct; what starting a child and its first traps cost, times that
+PAGE_NS = 50_000  # besides, for each page it must be shown: 8 µs, times that
 LOSE_NS = 5_000_000  # to come back
 EARN_MOST_NS = 5_000_000_000  # after coming back again and again
-STRETCHES_PER_TRAP = 6  # price of a trap in times of its measured cost
+STRETCHES_PER_TRAP = 6  # price of a trap in times of its measured cost: direct code saves a sixth, at best
 
 
 @dataclass(slots=True)
@@ -34,12 +36,15 @@ class Auto:
         self.went_direct = 0
         self.came_back = 0
 
-    def translated(self, pace: Pace, stretch_ns: int, traps: int) -> bool:
-        """Translated user code ran for `stretch_ns`, with as many traps. True: it goes direct from now on."""
+    def translated(self, pace: Pace, stretch_ns: int, traps: int, pages: int = 0) -> bool:
+        """Translated user code ran for `stretch_ns`, with as many traps. True: it goes direct from now on.
+
+        `pages`: how many a child must be shown first.
+        """
         if pace.direct:
             return False  # the rest of one that runs directly: what must not run natively
         balance = pace.balance_ns + stretch_ns - traps * self.price_ns
-        if balance < pace.goal_ns:
+        if balance < pace.goal_ns + pages * PAGE_NS:
             pace.balance_ns = max(balance, 0)
             return False
         pace.direct, pace.balance_ns = True, 0

@@ -62,6 +62,8 @@ class ChildWindow(Window):
         self.lowest = lowest  # the host maps nothing below
         self.closed = False
         self.executable: set[int] = set()  # linear pages
+        self.behind = True  # the guest's code has run elsewhere and touched pages that aren't shown
+        self.missed: int | None = None  # where the guest has just had a #PF
         self.unfit: set[int] = set()  # linear pages whose code must run translated
         self.stops: dict[int, list[int]] = {}  # linear pages that are executable but for these addresses
         super().__init__(-1, memory, code, user=True)
@@ -69,6 +71,7 @@ class ChildWindow(Window):
     def open(self) -> None:
         self.child: Child = self._backend.spawn()
         self._free_stops = self.child.breakpoints
+        self.id_flag = 0  # EFLAGS.ID as its code has left it; nobody else can set it
 
     def replace(self) -> None:
         """The child has died: another one, empty."""

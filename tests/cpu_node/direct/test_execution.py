@@ -172,6 +172,38 @@ def test_page_fault_that_the_guest_repairs(backend: str) -> None:
 
 @backends
 @isolated
+@pytest.mark.parametrize(("rights", "again"), [(A | D, False), (0, True)])
+def test_a_page_that_the_guest_gives_accessed_is_shown_without_another_trap(
+    backend: str, rights: int, again: bool
+) -> None:
+    """Linux does. Where it isn't accessed nothing is set before the access."""
+    board = user_board(backend)
+    entry = board.map(DATA, DATA, 0)
+    board.flush()
+    board.handler(f"mov dword ptr [{entry}], {DATA | P | RW | US | rights}; add esp, 4", PF)
+    board.handler("hlt", UD)
+    board.run(f"nop; mov dword ptr [{DATA}], 0x1234; ud2")
+    assert (direct_of(board).exits["PageFault"] > 2) == again  # code, and the #PF
+    assert board.peek32(DATA) == 0x1234
+    assert board.peek32(entry) & (A | D) == A | D
+
+
+@backends
+@isolated
+def test_a_page_fault_that_the_guest_does_not_repair_grants_nothing(backend: str) -> None:
+    """The handler goes on behind the access, which it has not allowed."""
+    board = user_board(backend)
+    entry = board.map(DATA, DATA, US | RW | A | D)
+    board.flush()
+    board.handler(f"inc dword ptr [{COUNTER}]; add dword ptr [esp+4], 5; add esp, 4", PF)
+    board.handler("hlt", UD)
+    board.run(f"mov eax, [{DATA}]; mov eax, [{DATA}]; ud2")
+    assert board.peek32(COUNTER) == 2
+    assert board.peek32(entry) == DATA | US | RW | A | D
+
+
+@backends
+@isolated
 def test_a_page_that_the_guest_takes_away_is_gone(backend: str) -> None:
     board = user_board(backend)
     entry = board.map(DATA, DATA, P | RW | US)
@@ -299,6 +331,27 @@ def test_code_that_the_host_would_run_otherwise_is_translated(backend: str) -> N
     assert direct_of(board).refusals > 0
     assert not direct_of(board).exits
     assert board.cpu.eflags & (ID | IF | DF) == ID | IF
+
+
+@backends
+@isolated
+def test_the_id_flag_is_each_childs_own(backend: str) -> None:
+    board = user_board(backend)
+    board.run(f"pushfd; or dword ptr [esp], {ID}; popfd; mov ebx, 1; ud2")
+    direct, window = direct_of(board), board.engine.contexts.space.direct
+    assert isinstance(window, ChildWindow)
+    assert (window.id_flag, direct.refusals) == (ID, 0)
+    window.replace()
+    assert window.id_flag == 0
+    direct.exits.clear()
+    board.faults.clear()
+    board.load("mov ebx, 2; ud2", CODE)
+    board.cpu.eip = CODE
+    board.cpu.eflags |= ID
+    board.resume()
+    assert board.regs[3] == 2
+    assert direct.refusals > 0
+    assert not direct.exits
 
 
 @backends

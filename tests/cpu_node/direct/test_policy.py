@@ -6,7 +6,7 @@ import pytest
 
 from cpu_node.direct.choose import MAKERS
 from cpu_node.direct.execution import Clocks
-from cpu_node.direct.policy import EARN_MOST_NS, EARN_NS, LOSE_NS, Auto, Pace
+from cpu_node.direct.policy import EARN_MOST_NS, EARN_NS, LOSE_NS, PAGE_NS, Auto, Pace
 from cpu_node.errors import UD
 from cpu_node.window import Space
 from tests.cpu_node.board import COUNTER, DATA, Board
@@ -33,6 +33,14 @@ def test_short_stretches_never_do() -> None:
         assert not auto.translated(pace, auto.price_ns - 1, 1)
         assert not auto.translated(pace, 100 * MS, 100 * MS // auto.price_ns + 1)
     assert pace == Pace()
+
+
+def test_a_child_that_must_be_shown_much_has_to_be_earned() -> None:
+    auto, pace = Auto(TRAP_NS), Pace()
+    earned = auto.price_ns + EARN_NS + 100 * PAGE_NS
+    assert not auto.translated(pace, earned - 1, 1, pages=100)
+    assert not pace.direct
+    assert auto.translated(pace, auto.price_ns + 1, 1, pages=100)
 
 
 def test_who_traps_comes_back_and_must_earn_more() -> None:

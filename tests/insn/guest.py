@@ -216,11 +216,9 @@ class GuestRunner:
         engine.serve = None
         if direct is not None:
             assert direct.broken is None, direct.broken
-            if direct._id_flag:  # no child can be given EFLAGS.ID, nor have it taken away: another one
-                child = engine.contexts.space.direct
-                assert isinstance(child, ChildWindow)
-                child.replace()
-                direct._id_flag = 0
+            child = engine.contexts.space.direct
+            if isinstance(child, ChildWindow) and child.id_flag:
+                child.replace()  # no child can be given EFLAGS.ID, nor have it taken away
             if direct.translated_ns != before:
                 self._outcome(case)  # notes what has changed
                 return CpuState(Stop(TRANSLATED_INSTEAD))

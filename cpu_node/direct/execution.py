@@ -19,7 +19,7 @@ from cpu_node import layout as at
 from cpu_node import mode as modes
 from cpu_node.cpu import DR6_BS, ECX
 from cpu_node.decode import Insn
-from cpu_node.descriptor import DS, ES, FS, GS, SS, Segment
+from cpu_node.descriptor import CS, DS, ES, FS, GS, SS, Segment
 from cpu_node.direct.clock import cpu_ns
 from cpu_node.direct.exits import (
     FX_USED,
@@ -440,6 +440,8 @@ def _plain(segment: Segment) -> bool:
 
 
 def _may_fault(insn: Insn) -> bool:
-    """Can the instruction raise another fault than #PF where segments are flat?"""
+    """Can the instruction raise another fault than #PF where segments are flat, FS and GS perhaps null?"""
     row = insn.row
+    if insn.segment in (CS, FS, GS) and (insn.is_memory or row.action in ("moffs", "xlat", "string")):
+        return True
     return row.group not in ("int", "string") or row.action in ("sim", "stop") or row.mnemonic in _DIVISIONS

@@ -85,6 +85,8 @@ PROGRAMS = {
     "code written, then run": f"mov word ptr [{DATA}], 0x0b0f; mov eax, {DATA}; jmp eax",
     "string over its own code": "lea edi, [y]; mov al, 0x43; mov ecx, 3; rep stosb; y: ud2; ud2; ud2",
     "segment registers by the stack": "push ds; pop es; push ss; pop ds; mov [esp-4], eax; ud2",
+    "no write through cs": f"mov dh, 1; .byte 0xd0, 0xce; .byte 0x2e; mov [{DATA}], dh",  # looks like INTO
+    "null segment behind what looks like into": "mov dh, 1; rol dh, 7; .byte 0xd0, 0xce; mov eax, gs:[0]",
     "null es": f"xor eax, eax; mov es, ax; inc ebx; mov edi, {DATA}; stosd",
 }  # fmt: skip
 

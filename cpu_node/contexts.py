@@ -42,6 +42,7 @@ class Filled(Enum):
     OWN_PAGE = auto()  # mapped; but it writes to the page its own instruction is on: simulate it
     NO_MEMORY = auto()  # a device's: simulate it
     HIDDEN = auto()  # a breakpoint may be there: simulate it
+    WRAPS = auto()  # it goes on at 0: simulate it, #GP and #SS come before #PF
 
 
 class Contexts:

@@ -401,9 +401,9 @@ class Engine:
         line, cpu.eip = roll_back(record, contexts.cache, rip)
         contexts.tlb.learn(rip, cpu.eip)
         va, write = d[at.TLB_VA // 4], bool(d[at.TLB_IS_WRITE // 4])
-        last = va + d[at.TLB_LAST // 4] & 0xFFFFFFFF
-        filled = contexts.fill_tlb(va, write, line)
-        if last >> 12 != va >> 12:
+        last = va + d[at.TLB_LAST // 4]
+        filled = contexts.fill_tlb(va, write, line) if last < 1 << 32 else Filled.WRAPS
+        if last >> 12 != va >> 12 and filled is not Filled.WRAPS:
             contexts.fill_tlb(last & ~0xFFF, write, line)
         elif filled is Filled.MAPPED:
             return

@@ -6,7 +6,8 @@ access (emit_soft.py), with r8d = linear address, r9d = size - 1, r10 = the prob
 probe, which finds an entry now; or enters the handler of #PF, where Python has seen that probe's
 instruction before (TLB_SITES); or leaves by EXIT_TLB, everything as it was.
 Left out, for Python: 4 MiB pages, what is no RAM, pages whose writes must be noticed, accesses of two pages
-that aren't neighbours in host memory, everything about #PF that isn't as it was the last time.
+that aren't neighbours in host memory, those that wrap at 4 GiB (#GP and #SS come before #PF), everything
+about #PF that isn't as it was the last time.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def miss(write: bool) -> str:
         mov dword ptr [r15+{at.TLB_IS_WRITE}], {int(write)}
         mov [r15+{at.FAULT_RIP}], r10
         {SAVE_FLAGS}
+        lea ecx, [r8+r9]
+        cmp ecx, r8d
+        jb fail
         movabs r13, {at.RAM:#x}
     page:
         mov ecx, dword ptr [r15+{at.CR3}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
-from cpu_node.errors import GP, UD
+from cpu_node.errors import GP, SS, UD
 from tests.cpu_node.board import CODE, DATA, STACK3, Board
 from tests.cpu_node.child import isolated
 
@@ -41,3 +41,24 @@ def test_operand_that_should_be_aligned_never_reads_behind_its_page() -> None:
     assert board.fault.vector in (GP, UD)
     seen = bytes(board.engine.record.b[XMM0 : XMM0 + 16])
     assert seen == (bytes(16) if board.fault.vector == GP else b"\x11" * 8 + b"\x22" * 8)
+
+
+@isolated
+def test_operand_that_wraps_faults_as_with_a_window() -> None:
+    """PUSH breaks the limit, whatever page 0 is like; others look the page up first."""
+    for text in ("push eax", "call 0x100020", "mov eax, [esp-4]", "mov eax, [ebx]", "mov [ebx], eax"):
+        faults = []
+        for soft in (False, True):
+            board = Board()
+            board.engine.contexts.soft = soft
+            board.paging()
+            board.flat(3)
+            board.map(0xFFFFF000, FIRST_PA)
+            board.map(0, 0, 0)
+            board.flush()
+            board.regs[4], board.regs[3] = 2, 0xFFFFFFFE
+            board.run(text, CODE)
+            assert bool(board.engine.mode & modes.SOFT) == soft
+            faults.append(board.fault)
+        assert faults[0] == faults[1], text
+        assert (faults[0].vector == SS) == (text[:4] in ("push", "call")), text

@@ -35,7 +35,7 @@ def main() -> int:
             broken += 1
             print(f"{data.hex()}\n  {parse(data)}\n  {exc}")
     damage = machine.damage()
-    print(f"{count} inputs, {broken} broke a promise; written outside of the windows: {damage or 'nothing'}")
+    print(f"{count} inputs, {broken} broke a promise; written outside of guest memory: {damage or 'nothing'}")
     return 1 if broken or damage else 0
 
 

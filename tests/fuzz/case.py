@@ -6,7 +6,7 @@ the rest is the code.  Any bytes are an input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpu_node import mode as modes
 
@@ -30,6 +30,7 @@ class FuzzCase:
     offset: int  # in the page
     registers: int
     code: bytes
+    soft: bool = False  # data by the software TLB; no input says so, see `variants`
 
     @property
     def mode(self) -> int:
@@ -37,7 +38,15 @@ class FuzzCase:
         mode = modes.USER if self.user else 0
         mode |= modes.NO_FPU if self.no_fpu else 0
         mode |= modes.CODE16 if self.code16 else 0
-        return mode | (modes.NOT_FLAT if self.not_flat else 0)
+        mode |= modes.NOT_FLAT if self.not_flat else 0
+        return mode | (modes.SOFT if self.soft else 0)
+
+    @property
+    def variants(self) -> tuple[FuzzCase, ...]:
+        """The ways in which it is translated: flat code of CPL 3 with a window, and with the software TLB."""
+        if not self.user or self.mode & modes.INTERPRETED:
+            return (self,)
+        return (self, replace(self, soft=True))
 
 
 def parse(data: bytes) -> FuzzCase:

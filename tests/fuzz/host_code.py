@@ -10,20 +10,23 @@ Every memory operand of translated code must be one of
 - the host's stack, between a load of RSP from the record and its return.
 
 and every direct jump must lead to an instruction of this translation or to where one is patched in.
+Code in mode.SOFT has rules of its own: soft_code.py.
 Left out: what the host code computes (tests/insn), and code outside of translations (the stubs).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import capstone
 from capstone import x86
 
 from cpu_node import layout as at
+from cpu_node import mode as modes
 from cpu_node.line import Line
 from cpu_node.translate import Translation
+from tests.fuzz import soft_code
+from tests.fuzz.disassembly import instructions
 
 STRINGS = frozenset(
     name + size for name in ("movs", "cmps", "stos", "lods", "scas") for size in "bwdq"
@@ -34,15 +37,10 @@ assert at.HOST_RSP == 0
 GS_PREFIX, ADDRESS_32 = 0x65, 0x67
 
 
-@functools.cache
-def _disassembler() -> capstone.Cs:
-    engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
-    engine.detail = True
-    return engine
-
-
 def stray(made: Translation, line: Line) -> list[str]:
     """The host instructions that could reach memory or code they shouldn't; empty when all is well."""
+    if line.mode & modes.SOFT:
+        return soft_code.stray(made, line)
     start = made.chunk.start
     starts = set()
     jumps: list[tuple[int, int, str]] = []
@@ -50,7 +48,7 @@ def stray(made: Translation, line: Line) -> list[str]:
     added: set[str] = set()  # registers that a LEA has just made window addresses
     on_host_stack = False
     end, before = start, ""
-    for insn in _instructions(made.code, at.CODE + start):
+    for insn in instructions(made.code, at.CODE + start):
         offset = insn.address - at.CODE
         starts.add(offset)
         end = offset + insn.size
@@ -85,24 +83,6 @@ def stray(made: Translation, line: Line) -> list[str]:
     known = {*starts, *line.host.values(), *(start + offset for offset in made.chunk.hosts)}
     out += [f"{text}: into nowhere" for _, target, text in jumps if target not in known]
     return out
-
-
-def _instructions(code: bytes, ha: int) -> Iterator[capstone.CsInsn]:
-    """Until the end, or the first bytes that are no instruction.  Register forms that capstone lacks are
-    skipped: aliases of x87 instructions, and fences with another ModRM.rm than 0."""
-    at_byte = 0
-    while at_byte < len(code):
-        for insn in _disassembler().disasm(code[at_byte:], ha + at_byte):
-            yield insn
-            at_byte = insn.address + insn.size - ha
-        at_byte += code[at_byte : at_byte + 1] == b"\x66"
-        rest = code[at_byte : at_byte + 3]
-        if len(rest) > 1 and 0xD8 <= rest[0] <= 0xDF and rest[1] >= 0xC0:
-            at_byte += 2
-        elif len(rest) > 2 and rest[:2] == b"\x0f\xae" and rest[2] >= 0xE8:
-            at_byte += 3
-        else:
-            return
 
 
 def _is_vector(insn: capstone.CsInsn) -> bool:

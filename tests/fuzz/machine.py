@@ -2,7 +2,9 @@
 
 The 4 GiB before and behind each window, which no access may reach, are *writable* here (but for 64 KiB next
 to the window, where operands that wrap must fault): a stray write would succeed, and be seen as a page that
-has come to be.  The stubs, which lie before the code cache, are compared too.
+has come to be.  For the software TLB so are the 4 GiB before and behind guest memory and the TLB's tables,
+and the lowest 4 GiB, where an entry that is none would lead.  The stubs, which lie before the code cache, and
+RAM that is mapped nowhere are compared too.  In half of the cases two of the data's pages are exchanged.
 A guest that runs on is stopped by a timer.  Must be made where stubs_unsafe.install() has run.
 """
 
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from cpu_node import host_unsafe as host
@@ -28,6 +31,7 @@ from tests.fuzz.case import PAGE, FuzzCase, pages
 
 RAM = 0x210000
 REGIONS = ((0, 0x20000), (CODE, CODE + 3 * PAGE), (DATA, RAM))  # what is mapped, and compared
+GAPS = tuple((end, first) for (_, end), (first, _) in pairwise(REGIONS))
 TABLES = (0x10000, 0x20000)  # page directory and tables, in the first region
 MARKS_OUT = int.from_bytes(b"\x9f\xff\xff\xff" * ((TABLES[1] - TABLES[0]) // 4), "little")
 READ_ONLY = DATA + 0xF000
@@ -36,6 +40,8 @@ BASE = 0x1000  # of segments that aren't flat
 TICK_S, LIMIT_S = 0.004, 0.05  # of the clock; of this process's own time
 BORDER = 1 << 16  # of a guard, stays unreadable
 GUARD = 4 << 30
+LOW = 1 << 20  # the processes of these tests have nothing from here to 4 GiB
+EXCHANGED = (DATA + 0x7000, DATA + 0xA000)  # the stack's page, and one that isn't next to it
 EFLAGS = (0x002, 0x202, 0x402, 0x246, 0x8D7, 0x40A02)
 DIRECTION_AND_MORE = 0x240CD5 | 0x4000  # compared: status flags, DF, NT, AC, ID
 
@@ -81,7 +87,16 @@ class Machine:
             board.map(page, page, 0)
         board.map(TOP, DATA + 0xE000)
         self._next_entry = board.map(CODE + PAGE, CODE + PAGE)
+        self._exchanged = [board.map(page, page) for page in EXCHANGED]
         self._pristine = bytes(board.ram[:])
+        self._tables = b""  # as the guest finds them
+        self._outside = ""
+        low = [(LOW, GUARD - LOW)] if not _used_below(GUARD) else []
+        around_ram = [(at.RAM - GUARD, GUARD), (at.RAM + RAM, GUARD - RAM)]
+        tlb_end = at.TLB_READ + at.TLB_SIZE  # with a gap, or the kernel takes guard and tables for one
+        around_tlb = [(at.TLB_READ - GUARD, GUARD - BORDER), (tlb_end + BORDER, GUARD)]
+        for ha, size in low + around_ram + around_tlb:
+            self._open_guard(ha, size)
         self._strayed = True  # the last guest may have written where none is mapped
         self._deadline = 0.0
         board.on_poll = self._poll
@@ -115,8 +130,12 @@ class Machine:
         ram = {first: board.ram[first:last] for first, last in REGIONS}
         tables = slice(*TABLES)
         self._strayed = end == "triple" or not cpu.cr0 & CR0_PG or cpu.cr3 != DIRECTORY or (
-            without_marks(ram[0][tables]) != without_marks(self._pristine[tables])
+            without_marks(ram[0][tables]) != self._tables
         )
+        if not self._strayed and any(board.ram[a:b] != self._pristine[a:b] for a, b in GAPS):
+            self._outside = "pages of RAM that are mapped nowhere were written"
+        mode = engine.mode
+        assert mode & modes.INTERPRETED or bool(mode & modes.SOFT) == case.soft, modes.describe(mode)
         eflags = cpu.eflags & DIRECTION_AND_MORE
         regs, faults = tuple(board.regs), tuple(board.faults)
         return Outcome(end, cpu.eip, eflags, regs, fx, faults, ram, self._strayed)
@@ -131,6 +150,11 @@ class Machine:
         board.ram[CODE + PAGE : CODE + 2 * PAGE] = following
         if case.next_absent:
             board.poke32(self._next_entry, 0)
+        if case.registers & 1:
+            for entry, page in zip(self._exchanged, reversed(EXCHANGED), strict=True):
+                board.poke32(entry, page | P | RW | US)
+        self._tables = without_marks(board.ram[slice(*TABLES)])
+        engine.contexts.soft = case.soft
         board.forget()
         cpu.cr3 = DIRECTORY
         cpu.cr0 |= CR0_PG | CR0_MP | (CR0_TS if case.no_fpu else 0)
@@ -161,18 +185,23 @@ class Machine:
 
     def _open_guards(self, ha: int) -> None:
         for start in (ha - GUARD + BORDER, ha + GUARD + BORDER):
-            if start not in self._guards:
-                self._guards.add(start)
-                host.map_anonymous(start, GUARD - 2 * BORDER, host.PROT_READ | host.PROT_WRITE)
+            self._open_guard(start, GUARD - 2 * BORDER)
+
+    def _open_guard(self, ha: int, size: int) -> None:
+        if ha not in self._guards:
+            self._guards.add(ha)
+            host.map_anonymous(ha, size, host.PROT_READ | host.PROT_WRITE)
 
     # ---- what must not have happened
 
     def damage(self) -> list[str]:
-        """Whatever was written outside of the windows, as far as it can be seen."""
+        """Whatever was written outside of guest memory, as far as it can be seen."""
         out = []
         if bytes(host.view8(at.CODE, len(self._stubs))) != self._stubs:
             out.append("the stubs were overwritten")
-        out += [f"{size} KiB written near {ha:#x}, outside of the window" for ha, size in self._resident()]
+        if self._outside:
+            out.append(self._outside)
+        out += [f"{size} KiB written near {ha:#x}, outside of guest memory" for ha, size in self._resident()]
         return out
 
     def _resident(self) -> Iterator[tuple[int, int]]:
@@ -185,6 +214,12 @@ class Machine:
                     start = int(head[1], 16)
                 elif line.startswith("Anonymous:") and line.split()[1] != "0" and start in self._guards:
                     yield start, int(line.split()[1])
+
+
+def _used_below(end: int) -> bool:
+    """Has this process anything mapped there?"""
+    with open("/proc/self/maps") as maps:
+        return int(maps.readline().split("-")[0], 16) < end
 
 
 def without_marks(tables: bytes) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found,unused-ignore]
 
 INSTRUMENTED = ["decode", "emit", "translate", "rollback", "line", "simulate", "single", "handlers_string",
-                "encode", "emit_system", "fast_unsafe"]
+                "encode", "emit_soft", "emit_system", "fast_unsafe"]
 ROOT = Path(__file__).parents[2]
 FOUND, ARTIFACTS = ROOT / "build" / "fuzz", ROOT / "build" / "fuzz-"
 LONGEST = 99

@@ -4,11 +4,13 @@ What must hold for any bytes:
 
 - the decoder answers, with an instruction of at most 15 bytes or with one of its three exceptions, and takes
   no more bytes than it says;
-- the translator answers, and its host code reaches nothing but the guest's window (host_code.py);
+- the translator answers, and its host code reaches nothing but guest memory (host_code.py);
 - what is no instruction is #UD for the guest, what is too long #GP(0), with EIP at it;
-- the engine comes back, with nothing written outside of the window (machine.py);
+- the engine comes back, with nothing written outside of guest memory (machine.py);
 - translated and simulated runs end in the same state;
 - the translator's two loops, in Python and in machine code, make the same.
+
+Flat code of CPL 3 is translated and run in two ways, with a window and with the software TLB.
 
 A broken promise is a Broken exception with everything that is needed to see why.
 """
@@ -47,9 +49,11 @@ def check(data: bytes, machine: Machine | None = None) -> None:
     """All of it; without a machine nothing is executed.  Raises Broken."""
     case = parse(data)
     first = check_decoder(case)
-    check_translator(case, data)
+    for variant in case.variants:
+        check_translator(variant, data)
+        if machine is not None:
+            check_inner_loop(machine, variant, data)
     if machine is not None:
-        check_inner_loop(machine, case, data)
         check_execution(machine, case, first, data)
 
 
@@ -106,23 +110,23 @@ def check_inner_loop(machine: Machine, case: FuzzCase, data: bytes) -> None:
 
 
 def check_execution(machine: Machine, case: FuzzCase, first: Insn | type[Exception], data: bytes) -> None:
-    """Run it both ways."""
-    translated = machine.run(case, simulate=False)
-    simulated = machine.run(case, simulate=True)
+    """Run it translated, in each way, and simulated."""
     name = data.hex()
-    for outcome, how in ((translated, "translated"), (simulated, "simulated")):
-        if outcome.end == "time":
-            continue
-        wrong = _refusal(case, first, outcome)
+    simulated = machine.run(case, simulate=True)
+    runs = [("simulated", simulated)]
+    runs += [(modes.describe(v.mode), machine.run(v, simulate=False)) for v in case.variants]
+    for how, outcome in runs:
+        wrong = "" if outcome.end == "time" else _refusal(case, first, outcome)
         if wrong:
             raise Broken(f"{how}, {name}: {wrong}")
-    if "time" in (translated.end, simulated.end):
-        return
-    if translated.own_tables or simulated.own_tables:
-        return  # and what was cached of them may or may not be used
-    wrong = differences(case, translated, simulated)
-    if wrong:
-        raise Broken(f"{name}: translated and simulated differ: " + "; ".join(wrong))
+    for how, outcome in runs[1:]:
+        if "time" in (outcome.end, simulated.end):
+            continue
+        if outcome.own_tables or simulated.own_tables:
+            continue  # and what was cached of them may or may not be used
+        wrong = "; ".join(differences(case, outcome, simulated))
+        if wrong:
+            raise Broken(f"{name}: translated ({how}) and simulated differ: {wrong}")
 
 
 def _refusal(case: FuzzCase, first: Insn | type[Exception], outcome: Outcome) -> str:

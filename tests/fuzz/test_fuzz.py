@@ -22,7 +22,7 @@ from tests.cpu_node.child import isolated
 from tests.fuzz.case import AT_PAGE_END, HEAD, NEXT_ABSENT, PAGE, USER, VERIFIED, FuzzCase, pages, parse
 from tests.fuzz.host_code import stray
 from tests.fuzz.inputs import inputs, read_corpus
-from tests.fuzz.machine import BORDER, GUARD, Machine
+from tests.fuzz.machine import BORDER, GUARD, LOW, RAM, Machine
 from tests.fuzz.target import POSITION, Broken, check, check_decoder, differences
 
 INPUTS = int(os.environ.get("BACKPLANE_FUZZ_INPUTS", "600"))
@@ -70,6 +70,34 @@ def test_a_write_outside_of_the_window_is_seen() -> None:
         assert machine.damage() == []
     host.view8(at.CODE, 1)[0] ^= 1
     assert machine.damage() == ["the stubs were overwritten"]
+
+
+@isolated
+def test_a_write_that_a_wrong_entry_would_lead_to_is_seen() -> None:
+    """Where the software TLB's arithmetic goes without an entry, or past one; and where nothing is mapped."""
+    machine = Machine()
+    case = parse(bytes((USER, 0, 0)) + bytes.fromhex("c6 05 00 00 20 00 07 f4")).variants[-1]
+    assert case.soft
+    for ha in (LOW, at.RAM - 1, at.RAM + RAM, at.TLB_READ - BORDER - 1):
+        assert machine.run(case, simulate=False).ram[DATA][0] == 7
+        assert machine.damage() == []
+        host.view8(ha, 1)[0] = 1
+        assert len(machine.damage()) == 1
+        host.advise(ha & -PAGE, PAGE, host.MADV_DONTNEED)
+    machine.board.ram[CODE - 1] ^= 1
+    machine.run(case, simulate=False)
+    assert machine.damage() == ["pages of RAM that are mapped nowhere were written"]
+
+
+@isolated
+def test_cases_of_an_absent_page_and_of_exchanged_pages_are_compared() -> None:
+    machine = Machine()
+    for registers in (0, 1):
+        case = parse(bytes((USER | NEXT_ABSENT, registers, 0)) + bytes.fromhex("c6 05 00 70 20 00 07 f4"))
+        for variant in case.variants:
+            outcome = machine.run(variant, simulate=False)
+            assert not outcome.own_tables
+            assert outcome.ram[DATA][0xA000 if registers else 0x7000] == 7
 
 
 @isolated

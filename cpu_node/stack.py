@@ -132,9 +132,8 @@ def enter(cpu: Cpu, frame: int, level: int, size: int) -> None:
         read_frame(memory, segment, sp, 1, size, user)
         check_push(memory, segment, esp - size * i, size, user, 0)
     check_push(memory, segment, esp - size * level, size, user, 0)
-    if not segment.lowest <= new_sp <= segment.highest:  # the final stack pointer must be writable
+    if not segment.lowest <= new_sp <= segment.highest:
         raise GuestFault(SS_FAULT, 0)
-    memory.probe_write(segment.base + new_sp & 0xFFFFFFFF, 1, user)
     # A display that overlaps the new frame is read as the pushes leave it, so one at a time.
     sp = write_frame(memory, segment, esp, (ebp,), size, user, 0)
     for source in outer:
@@ -142,6 +141,7 @@ def enter(cpu: Cpu, frame: int, level: int, size: int) -> None:
         sp = write_frame(memory, segment, sp, value, size, user, 0)
     if level:
         write_frame(memory, segment, sp, (frame_pointer,), size, user, 0)
+    memory.probe_write(segment.base + new_sp & 0xFFFFFFFF, 1, user)  # what was pushed stays, where this faults
     regs[ESP] = merged_sp(esp, new_sp, segment)
     regs[EBP] = frame_pointer if size == 4 else ebp & 0xFFFF0000 | frame_pointer & 0xFFFF
 

@@ -153,9 +153,11 @@ def test_16_bit_enter_and_leave(m):
     assert (m.cpu.regs[ESP], m.cpu.regs[EBP]) == (0x1234_1000, 0x5678_2000)
 
 
-def test_enter_faults_change_nothing(m):
+def test_enter_faults_change_no_register(m):
     m.memory.absent.add(7)
+    m.cpu.regs[EBP] = 0x1234_5678
     assert m.faults(stack.enter, m.cpu, 0x1800, 0, 4) == (PF, 2)  # the final stack pointer's page
+    assert m.memory.read32(m.cpu.regs[ESP] - 4) == 0x1234_5678  # pushed before that page is looked at
     m.cpu.regs[EBP] = 0x7800
     assert m.faults(stack.enter, m.cpu, 0, 2, 4) == (PF, 0)  # the display
     set_stack(m, pack(0x8000, 0xFFF, 0x4093), 0x10)

@@ -141,7 +141,8 @@ def enter(cpu: Cpu, frame: int, level: int, size: int) -> None:
         sp = write_frame(memory, segment, sp, value, size, user, 0)
     if level:
         write_frame(memory, segment, sp, (frame_pointer,), size, user, 0)
-    memory.probe_write(segment.base + new_sp & 0xFFFFFFFF, 1, user)  # what was pushed stays, where this faults
+    # The last page to fault; what was pushed stays.
+    memory.probe_write(segment.base + new_sp & 0xFFFFFFFF, 1, user)
     regs[ESP] = merged_sp(esp, new_sp, segment)
     regs[EBP] = frame_pointer if size == 4 else ebp & 0xFFFF0000 | frame_pointer & 0xFFFF
 

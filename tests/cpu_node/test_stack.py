@@ -5,7 +5,7 @@ import pytest
 from cpu_node import stack
 from cpu_node.cpu import EBP, ESP
 from cpu_node.descriptor import SS, pack, parse
-from cpu_node.errors import GP, PF
+from cpu_node.errors import GP, PF, GuestFault
 from cpu_node.errors import SS as SS_FAULT
 from cpu_node.flags import AC, CF, DF, FIXED, ID, IF, IOPL, NT, OF, RF, TF, VIF, VIP, VM, popf_merged
 from tests.cpu_node.kit import DATA16, FREE, TOP0, TOP3, Machine
@@ -156,7 +156,10 @@ def test_16_bit_enter_and_leave(m):
 def test_enter_faults_change_no_register(m):
     m.memory.absent.add(7)
     m.cpu.regs[EBP] = 0x1234_5678
-    assert m.faults(stack.enter, m.cpu, 0x1800, 0, 4) == (PF, 2)  # the final stack pointer's page
+    before = m.cpu.dump()
+    with pytest.raises(GuestFault) as fault:  # the final stack pointer's page
+        stack.enter(m.cpu, 0x1800, 0, 4)
+    assert (fault.value.vector, fault.value.error, m.cpu.dump()) == (PF, 2, before)
     assert m.memory.read32(m.cpu.regs[ESP] - 4) == 0x1234_5678  # pushed before that page is looked at
     m.cpu.regs[EBP] = 0x7800
     assert m.faults(stack.enter, m.cpu, 0, 2, 4) == (PF, 0)  # the display

@@ -35,5 +35,5 @@ def checked(memory: GuestMemory) -> Iterator[None]:
 
 
 def _check(va: int, width: int, writes: bool, user: bool) -> None:
-    if user and va & _ALIGNMENT.get(width, 1) - 1:
+    if user and va & _ALIGNMENT.get(width, 1) - 1 and va + width <= 1 << 32:  # else #SS or #GP comes first
         raise GuestFault(AC, 0)

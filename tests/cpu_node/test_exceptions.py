@@ -212,3 +212,14 @@ def test_alignment_check(text: str) -> None:
         board.run(f"mov esi, {DATA:#x}\npush {2 | flags:#x}\npopfd\n{text}\nud2")
         faults = [(AC, 0)] if MISALIGNED[text] and (cpl, am, ac) == (3, True, True) else [(UD, None)]
         assert [(f.vector, f.error) for f in board.faults] == faults, (cpl, am, ac)
+
+
+@isolated
+def test_what_wraps_is_no_matter_of_alignment() -> None:
+    """The segment's limit comes before alignment: with flat segments, a word at FFFFFFFFh."""
+    board = Board()
+    board.paging()
+    board.flat_segments(3)
+    board.cpu.cr0 |= CR0_AM
+    board.run("push 0x40002\npopfd\nmov ax, [0xffffffff]\nud2")
+    assert board.fault.vector in (PF, GP)

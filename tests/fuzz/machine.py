@@ -91,7 +91,7 @@ class Machine:
         self._pristine = bytes(board.ram[:])
         self._tables = b""  # as the guest finds them
         self._outside = ""
-        low = [(LOW, GUARD - LOW)] if not _used_below(GUARD) else []
+        low = [(LOW, GUARD - LOW)] if not used_below(GUARD) else []
         around_ram = [(at.RAM - GUARD, GUARD), (at.RAM + RAM, GUARD - RAM)]
         tlb_end = at.TLB_READ + at.TLB_SIZE  # with a gap, or the kernel takes guard and tables for one
         around_tlb = [(at.TLB_READ - GUARD, GUARD - BORDER), (tlb_end + BORDER, GUARD)]
@@ -216,7 +216,7 @@ class Machine:
                     yield start, int(line.split()[1])
 
 
-def _used_below(end: int) -> bool:
+def used_below(end: int) -> bool:
     """Has this process anything mapped there?"""
     with open("/proc/self/maps") as maps:
         return int(maps.readline().split("-")[0], 16) < end

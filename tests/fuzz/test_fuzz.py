@@ -22,7 +22,7 @@ from tests.cpu_node.child import isolated
 from tests.fuzz.case import AT_PAGE_END, HEAD, NEXT_ABSENT, PAGE, USER, VERIFIED, FuzzCase, pages, parse
 from tests.fuzz.host_code import stray
 from tests.fuzz.inputs import inputs, read_corpus
-from tests.fuzz.machine import BORDER, GUARD, LOW, RAM, Machine
+from tests.fuzz.machine import BORDER, GUARD, LOW, RAM, Machine, used_below
 from tests.fuzz.target import POSITION, Broken, check, check_decoder, differences
 
 INPUTS = int(os.environ.get("BACKPLANE_FUZZ_INPUTS", "600"))
@@ -78,7 +78,8 @@ def test_a_write_that_a_wrong_entry_would_lead_to_is_seen() -> None:
     machine = Machine()
     case = parse(bytes((USER, 0, 0)) + bytes.fromhex("c6 05 00 00 20 00 07 f4")).variants[-1]
     assert case.soft
-    for ha in (LOW, at.RAM - 1, at.RAM + RAM, at.TLB_READ - BORDER - 1):
+    low = [] if used_below(GUARD) else [LOW]  # an interpreter that isn't position-independent lies there
+    for ha in (*low, at.RAM - 1, at.RAM + RAM, at.TLB_READ - BORDER - 1):
         assert machine.run(case, simulate=False).ram[DATA][0] == 7
         assert machine.damage() == []
         host.view8(ha, 1)[0] = 1

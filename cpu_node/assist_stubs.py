@@ -33,7 +33,8 @@ from cpu_node.assist_text import (
     SAVE_FLAGS,
     STACK_SELECTOR,
     enter_window,
-    same_in_kernel,
+    inner_stack,
+    land,
     to_simulator,
 )
 from cpu_node.descriptor import DS, ES, FS, GS
@@ -260,15 +261,7 @@ def _int() -> str:
         jne fail
         test dword ptr [r15+{at.SYSTEM_FLAGS}], {NT | VM | TF | RF}
         jnz fail
-        mov r13, [r15+{at.KERNEL_WINDOW}]
-        {same_in_kernel(at.INT_GATE + at.GATE_VA, at.INT_GATE + at.GATE_RAW)}
-        {same_in_kernel(at.INT_GATE + at.GATE_CS_VA, at.INT_GATE + at.GATE_CS_RAW)}
-        {same_in_kernel(at.INT_GATE + at.GATE_SS_VA, at.INT_GATE + at.GATE_SS_RAW)}
-        mov ecx, dword ptr [r15+{at.INT_GATE + at.GATE_STACK_VA}]
-        mov r10d, dword ptr [r13+rcx]
-        movzx ecx, word ptr [r13+rcx+4]
-        cmp cx, word ptr [r15+{at.INT_GATE + at.GATE_SELECTORS + 2}]
-        jne fail
+        {inner_stack(at.INT_GATE)}
         {RESTORE_FLAGS}
         mov r9, rsp
         mov rsp, [r15+{at.HOST_RSP}]
@@ -289,13 +282,7 @@ def _int() -> str:
         mov dword ptr [rcx+4], r10d
         lea r10d, [r8+{INT_LENGTH}]
         mov dword ptr [rcx], r10d
-        mov ecx, dword ptr [r15+{at.INT_GATE + at.GATE_CLEARS_IF}]
-        jrcxz trap
-        mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0
-    trap:
-        mov ecx, dword ptr [r15+{at.INT_GATE + at.GATE_SELECTORS}]
-        mov dword ptr [r15+{CODE_SELECTOR}], ecx
-        mov byte ptr [r15+{LANDED}], {LANDED_GATE}
+        {land(at.INT_GATE, LANDED_GATE)}
         mov esp, r9d
         mov r8d, dword ptr [r15+{at.INT_GATE + at.GATE_EIP}]
         {enter_window(at.KERNEL_WINDOW, at.KERNEL_TABLE)}

@@ -50,8 +50,37 @@ COUNT_ENTRY = f"""
         mov [r15+{at.ENTERED_USER}], rcx"""
 
 
-def same_in_kernel(va: int, raw: int) -> str:
-    """The same for code at CPL 3; r13 is the kernel window."""
+def inner_stack(gate: int) -> str:
+    """Leave to `fail` unless what is known of a gate (INT_GATE or FAULT_GATE) still holds; ESP0 in r10d.
+
+    Changes rcx; r13 becomes the kernel window.
+    """
+    return f"""
+        mov r13, [r15+{at.KERNEL_WINDOW}]
+        {_same_in_kernel(gate + at.GATE_VA, gate + at.GATE_RAW)}
+        {_same_in_kernel(gate + at.GATE_CS_VA, gate + at.GATE_CS_RAW)}
+        {_same_in_kernel(gate + at.GATE_SS_VA, gate + at.GATE_SS_RAW)}
+        mov ecx, dword ptr [r15+{gate + at.GATE_STACK_VA}]
+        mov r10d, dword ptr [r13+rcx]
+        movzx ecx, word ptr [r13+rcx+4]
+        cmp cx, word ptr [r15+{gate + at.GATE_SELECTORS + 2}]
+        jne fail"""
+
+
+def land(gate: int, landed: int) -> str:
+    """IF, CS and SS as the gate has them, once the frame is written; changes rcx."""
+    return f"""
+        mov ecx, dword ptr [r15+{gate + at.GATE_CLEARS_IF}]
+        jrcxz trap
+        mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0
+    trap:
+        mov ecx, dword ptr [r15+{gate + at.GATE_SELECTORS}]
+        mov dword ptr [r15+{CODE_SELECTOR}], ecx
+        mov byte ptr [r15+{LANDED}], {landed}"""
+
+
+def _same_in_kernel(va: int, raw: int) -> str:
+    """r13 is the kernel window."""
     return f"""
         mov ecx, dword ptr [r15+{va}]
         mov rcx, [r13+rcx]

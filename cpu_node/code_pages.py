@@ -31,10 +31,13 @@ class CodePages:
         self.protect(pa_page)
         return True
 
-    def remove(self, pa_page: int) -> set[object]:
-        """Forget a page's lines; returns them. Where it is mapped it stays read-only until a write faults."""
+    def remove(self, pa_page: int) -> set[object] | None:
+        """Forget a page's lines; returns them, None where it held no code.
+
+        Where it is mapped it stays read-only until a write faults.
+        """
         self.tlb.guarded[pa_page] = 0
-        return self.lines.pop(pa_page, set())
+        return self.lines.pop(pa_page, None)
 
     def clear(self) -> None:
         """Forget everything but where pages are mapped."""

@@ -380,7 +380,7 @@ class Contexts:
     def code_written(self, pa_page: int) -> None:
         """Bytes of a page that holds code change: its translations are void."""
         lines = self.code.remove(pa_page)
-        if not lines:
+        if lines is None:
             return
         for line in lines:
             assert isinstance(line, Line)

@@ -98,9 +98,12 @@ class Engine:
             self.segments_changed(index)
 
     def use_tlb(self, choose: bool) -> None:
-        """New address spaces use the software TLB; `choose`: until a window is found to serve them better."""
-        self.contexts.soft = self.contexts.tlb.available
-        if choose and self.contexts.soft:
+        """New address spaces use the software TLB; `choose`: until a window is found to serve them better.
+
+        The host must have tlb.HOST_FLAG.
+        """
+        self.contexts.soft = True
+        if choose:
             self.mmu_choice = MmuChoice(self.contexts)
 
     def start(self, registers: Mapping[str, int]) -> None:

@@ -53,6 +53,7 @@ from cpu_node.engine import Engine
 from cpu_node.errors import TripleFault
 from cpu_node.lapic import LocalApic
 from cpu_node.store import Store, version
+from cpu_node.tlb import HOST_FLAG
 from memory_node.client import attach
 
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
@@ -151,7 +152,10 @@ class Node:
             self._keep_assembled = lambda: assembled.keep(folder, tag)
         self._kept_ns, self._kept_instructions = time.monotonic_ns(), 0
         if config.mmu != "windows" and config.user_mode != "direct":
-            self.engine.use_tlb(choose=config.mmu == "auto")
+            if HOST_FLAG in host:
+                self.engine.use_tlb(choose=config.mmu == "auto")
+            elif config.mmu == "tlb":
+                log.warning('cpu.mmu = "tlb": this host\'s processor has no %s; windows are used', HOST_FLAG)
         if config.user_mode != "translated":
             from cpu_node.direct import choose  # imports python-ptrace, which takes its time
 

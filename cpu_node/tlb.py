@@ -12,27 +12,20 @@ Left out: global pages (an early flush is never wrong), 4 MiB pages (their entri
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.record_unsafe import Record
 
 _COUNT = at.TLB_COUNT // 4
+HOST_FLAG = "bmi2"  # of /proc/cpuinfo: probes shift by SHRX
 _RW = host.PROT_READ | host.PROT_WRITE
 
 
-def host_has_shrx(cpuinfo: str) -> bool:
-    """Can the host run the probes? From the text of /proc/cpuinfo; SHRX is part of BMI2."""
-    return any(line.startswith("flags") and " bmi2" in line for line in cpuinfo.splitlines())
-
-
 class Tlb:
-    """Of one CPU. `available`: the host's processor can do it."""
+    """Of one CPU."""
 
     def __init__(self, record: Record, ram_fd: int, size: int) -> None:
         self._d = record.d
-        self.available = host_has_shrx(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
         host.map_file(at.RAM, size, _RW, ram_fd, 0, populate=False)
         host.map_anonymous(at.GUARDED, at.GUARDED_SIZE, _RW)
         host.map_anonymous(at.TLB_PAGES, 4 * at.TLB_PAGES_MAX, _RW)

@@ -15,14 +15,15 @@ from __future__ import annotations
 from cpu_node import layout as at
 from cpu_node.assist_text import (
     CODE_SELECTOR,
-    LANDED,
     LANDED_FAULT,
     RESTORE_FLAGS,
     SAVE_FLAGS,
     STACK_SELECTOR,
     enter_window,
-    same_in_kernel,
+    inner_stack,
+    land,
 )
+from cpu_node.errors import PF
 from cpu_node.flags import NT, RF, TF, VM
 from cpu_node.paging import ERR_PRESENT, ERR_USER, ERR_WRITE, FRAME, PS, RW, US, A, D, P
 
@@ -172,7 +173,7 @@ def _page_fault() -> str:
     """#PF about r8d with error code r9d. From where r8d is EIP on, a host fault leaves by EXIT_ASSIST."""
     gate = at.FAULT_GATE
     return f"""
-        cmp dword ptr [r15+{gate + at.GATE_VECTOR}], 14
+        cmp dword ptr [r15+{gate + at.GATE_VECTOR}], {PF}
         jne fail
         test dword ptr [r15+{at.SYSTEM_FLAGS}], {NT | VM | TF | RF}
         jnz fail
@@ -184,15 +185,7 @@ def _page_fault() -> str:
         jne fail
         mov dword ptr [r15+{at.TLB_CR2}], r8d
         mov r8d, dword ptr [r15+r11+{_SITES + 8}]
-        mov r13, [r15+{at.KERNEL_WINDOW}]
-        {same_in_kernel(gate + at.GATE_VA, gate + at.GATE_RAW)}
-        {same_in_kernel(gate + at.GATE_CS_VA, gate + at.GATE_CS_RAW)}
-        {same_in_kernel(gate + at.GATE_SS_VA, gate + at.GATE_SS_RAW)}
-        mov ecx, dword ptr [r15+{gate + at.GATE_STACK_VA}]
-        mov r10d, dword ptr [r13+rcx]
-        movzx ecx, word ptr [r13+rcx+4]
-        cmp cx, word ptr [r15+{gate + at.GATE_SELECTORS + 2}]
-        jne fail
+        {inner_stack(gate)}
         {RESTORE_FLAGS}
         mov r11, rsp
         mov rsp, [r15+{at.HOST_RSP}]
@@ -215,13 +208,7 @@ def _page_fault() -> str:
         mov dword ptr [rcx], r9d
         mov ecx, dword ptr [r15+{at.TLB_CR2}]
         mov dword ptr [r15+{at.CR2}], ecx
-        mov ecx, dword ptr [r15+{gate + at.GATE_CLEARS_IF}]
-        jrcxz trap
-        mov dword ptr [r15+{at.INTERRUPT_FLAG}], 0
-    trap:
-        mov ecx, dword ptr [r15+{gate + at.GATE_SELECTORS}]
-        mov dword ptr [r15+{CODE_SELECTOR}], ecx
-        mov byte ptr [r15+{LANDED}], {LANDED_FAULT}
+        {land(gate, LANDED_FAULT)}
         mov rcx, [r15+{at.PAGE_FAULTS}]
         lea rcx, [rcx+1]
         mov [r15+{at.PAGE_FAULTS}], rcx

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import NamedTuple
@@ -58,8 +59,11 @@ def shares(cases: int, jobs: int, minutes: float) -> list[Iterator[int]]:
 
 
 def _job(plan: Plan, job: int, out: Queue[Report | None]) -> None:
-    try:
-        run(plan.seed, shares(plan.cases, plan.jobs, plan.minutes)[job], plan.executors, out.put)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    families = shares(plan.cases, plan.jobs, plan.minutes)[job]
+    try:  # no longer than whoever wants the result, however that ended
+        run(plan.seed, takewhile(lambda _: parent.is_alive(), families), plan.executors, out.put)
     finally:
         out.put(None)
 

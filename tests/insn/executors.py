@@ -59,9 +59,10 @@ def _runs_softly(case: Case) -> bool:
 
 
 def _host_probes() -> bool:
-    from cpu_node.tlb import host_has_shrx
+    from cpu_node.cpuid import host_flags
+    from cpu_node.tlb import HOST_FLAG
 
-    return host_has_shrx(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
+    return HOST_FLAG in host_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
 
 
 def _children_work(backend: str) -> bool:

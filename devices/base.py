@@ -3,13 +3,14 @@
 A Device is pure logic: it owns no socket, thread, file or clock. The process that hosts it
 (devices/host.py) hands it a Wiring and its settings and calls the methods below, one at a time.
 All that it is, is in `state`; lines, timers and the mirror are functions of the state, so a swap
-cannot forget them. Left out: DMA (the issue that brings the first bus master adds it).
+cannot forget them. A call of the host is a step: what the device does to the outside in it, DMA and disk I/O
+included, is collected and done when the call has returned.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -21,11 +22,13 @@ from bus.ranges import BadRange, IoRange, MmioRange, PortRange
 
 __all__ = [
     "ApicMessage",
+    "BadDma",
     "BadRange",
     "Channel",
     "Counter",
     "Device",
     "DeviceState",
+    "Disk",
     "IoRange",
     "Latch",
     "MirrorValue",
@@ -49,6 +52,22 @@ class Channel:
     sends: str
     receives: str = ""
     setting: str = "backend"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file or block device of the host's that a device reads and writes in place.
+
+    `setting` names the SETTINGS field with its path (str), `read_only` the one that forbids writes (bool).
+    """
+
+    name: str
+    setting: str = "file"
+    read_only: str = "read_only"
+
+
+class BadDma(ValueError):
+    """A device asks for memory that is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +102,29 @@ class Wiring(Protocol):
     def line_level(self, irq: int) -> bool:
         """Controllers only: the present level of an input line, the OR of all devices that drive it."""
 
+    def dma_read(self, pa: int, size: int) -> bytes:
+        """Guest memory as it is now, without this step's own dma_writes; BadDma outside of RAM."""
+
+    def dma_write(self, pa: int, data: bytes) -> None:
+        """Write guest memory after the step, before its lines and its answer; BadDma (now) outside of RAM."""
+
+    def disk_read(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        """Bytes from `offset` of one of DISKS into guest memory, (pa, size) after (pa, size).
+
+        After the step's lines and answer. Then disk_done(disk, tag, error) is called, as a step of its own,
+        before any other step; requests are done in the order in which they were asked for. BadDma (now)
+        outside of RAM; what goes wrong on the disk is the `error` of disk_done.
+        """
+
+    def disk_write(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        """As disk_read, from guest memory to the disk, of which the host may keep it in a cache for now."""
+
+    def disk_flush(self, disk: str, tag: int) -> None:
+        """As disk_read; it is done when all that was written before is on stable storage (fdatasync)."""
+
+    def disk_size(self, disk: str) -> int:
+        """Bytes; a multiple of 512."""
+
 
 class StateMismatch(ValueError):
     """A saved state does not fit the class that should load it."""
@@ -108,6 +150,8 @@ class Device(ABC, Generic[S]):
     IRQS: ClassVar[tuple[str, ...]] = ()
     CHANNELS: ClassVar[tuple[Channel, ...]] = ()
     SETTINGS: ClassVar[type] = NoSettings  # a dataclass; the machine file's settings are checked against it
+    DMA: ClassVar[bool] = False  # reads and writes guest memory
+    DISKS: ClassVar[tuple[Disk, ...]] = ()  # needs DMA
     CONTROLLER: ClassVar[bool] = False  # gets every device's Line frames through line_in
     STATE: ClassVar[type[DeviceState]]
     UPGRADES: ClassVar[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
@@ -155,6 +199,10 @@ class Device(ABC, Generic[S]):
     def timer(self, name: str) -> None:
         """A deadline set with Wiring.set_timer has come; it is no longer set."""
         raise NotImplementedError(f"{self.NAME} has no timer {name!r}")
+
+    def disk_done(self, disk: str, tag: int, error: str) -> None:
+        """A disk_read, disk_write or disk_flush with this tag is done; `error` is "" or one line."""
+        raise NotImplementedError(f"{self.NAME} has no disk {disk!r}")
 
     def line_in(self, irq: int, level: bool) -> None:
         """Controllers: an input line changed (ISA IRQ number, level after the OR of its drivers)."""

@@ -5,29 +5,72 @@
     board.advance(1_000_000)                 # 1 ms: timers run at their deadlines
     board.intr, board.output["uart0"], board.events
 
+Disks are bytearrays, and so is guest memory.
 Left out: sockets and processes; back ends (output is collected, input goes in through `type_in`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bus.addressmap import AddressMap
 from bus.fake import LocalLink
-from bus.frames import ApicMessage, Event, Intr, Line
+from bus.frames import ApicMessage, Event, Frame, Intr, Line
 from bus.io import IoClient
 from bus.mirror import PAGE_SIZE, MirrorWriter, page_of, slots
 from devices.base import Device
+from devices.disks import DiskRequest, Disks
+from devices.dma import GuestRam
 from devices.registry import make_settings
 from devices.slot import Slot
 
+RAM_SIZE = 1 << 20
+
+
+class FakeDisks(Disks):
+    """Disks in memory. What is in `errors`, by disk, is what the next requests fail with."""
+
+    def __init__(self, contents: Mapping[str, bytes]) -> None:
+        super().__init__({})
+        self.contents = {name: bytearray(data) for name, data in contents.items()}
+        self.errors: dict[str, deque[str]] = {name: deque() for name in contents}
+        self.done: list[DiskRequest] = []
+
+    def size(self, disk: str) -> int:
+        return len(self.contents[disk])
+
+    def perform(self, request: DiskRequest, ram: GuestRam) -> str:
+        self.done.append(request)
+        content, at = self.contents[request.disk], request.offset
+        if self.errors[request.disk] and (error := self.errors[request.disk].popleft()):
+            return error
+        for view in ram.views(request.segments):
+            if at + len(view) > len(content):
+                return f"{request.disk} ends at byte {len(content)}"
+            if request.kind == "read":
+                view[:] = content[at : at + len(view)]
+            else:
+                content[at : at + len(view)] = view
+            at += len(view)
+        return ""
+
 
 class FakeWiring:
-    """Implements devices.base.Wiring for one device without a host."""
+    """Implements devices.base.Wiring for one device without a host.
 
-    def __init__(self, now_ns: int = 0) -> None:
+    `settle` ends a step that uses DMA or disks.
+    """
+
+    def __init__(self, now_ns: int = 0, disks: Mapping[str, bytes] | None = None) -> None:
+        self.ram = bytearray(RAM_SIZE)
+        self.memory = GuestRam(memoryview(self.ram))
+        self.disks = FakeDisks(disks or {})
+        self.dma: list[tuple[int, bytes]] = []  # done at the end of the step
+        self.dma_done: list[tuple[int, bytes]] = []
+        self.disk_work: deque[DiskRequest] = deque()
         self.clock_ns = now_ns
         self.irq: dict[str, bool] = {}
         self.changes: list[tuple[str, bool]] = []  # every change of a line, in order
@@ -67,6 +110,48 @@ class FakeWiring:
     def line_level(self, irq: int) -> bool:
         return self.inputs.get(irq, False)
 
+    def dma_read(self, pa: int, size: int) -> bytes:
+        for other, data in self.dma:
+            if pa < other + len(data) and other < pa + size:
+                raise AssertionError(f"{size} bytes at {pa:#x} are read in the step that writes them")
+        return self.memory.read(pa, size)
+
+    def dma_write(self, pa: int, data: bytes) -> None:
+        self.memory.check(pa, len(data))
+        self.dma.append((pa, bytes(data)))
+
+    def disk_read(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        self._ask_disk(DiskRequest(disk, tag, "read", offset, tuple(segments)))
+
+    def disk_write(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        self._ask_disk(DiskRequest(disk, tag, "write", offset, tuple(segments)))
+
+    def disk_flush(self, disk: str, tag: int) -> None:
+        self._ask_disk(DiskRequest(disk, tag, "flush"))
+
+    def disk_size(self, disk: str) -> int:
+        return self.disks.size(disk)
+
+    def _ask_disk(self, request: DiskRequest) -> None:
+        for pa, size in request.segments:
+            self.memory.check(pa, size)
+        self.disk_work.append(request)
+
+    def write_memory(self) -> None:
+        """The end of a step: what it wrote to guest memory is there."""
+        for pa, data in self.dma:
+            self.memory.write(pa, data)
+        self.dma_done += self.dma
+        self.dma.clear()
+
+    def settle(self, device: Device[Any]) -> None:
+        """The end of a step, and the disk I/O it asked for, each completion a step of its own."""
+        self.write_memory()
+        while self.disk_work:
+            request = self.disk_work.popleft()
+            device.disk_done(request.disk, request.tag, self.disks.perform(request, self.memory))
+            self.write_memory()
+
     def advance(self, device: Device[Any], ns: int) -> None:
         """Let `ns` pass; timers fire at their deadlines."""
         end_ns = self.clock_ns + ns
@@ -86,6 +171,7 @@ class Part:
     bases: Mapping[str, int]
     irqs: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    disks: Mapping[str, bytes] = field(default_factory=dict)  # contents by name
 
 
 class Board:
@@ -101,6 +187,8 @@ class Board:
         self.output: dict[str, bytes] = {}
         self.open_bus: list[tuple[str, int, int, bool, int]] = []
         self.mirror = memoryview(bytearray(PAGE_SIZE * len(parts)))
+        self.ram = bytearray(RAM_SIZE)
+        self.disks = {part.name: FakeDisks(part.disks) for part in parts}
         self.address_map = AddressMap()
         self.slots: dict[str, Slot] = {}
         self.links: dict[str, LocalLink] = {}
@@ -119,6 +207,8 @@ class Board:
                 _Outside(self, part.name, controllers),
                 self.now_ns,
                 MirrorWriter(page_of(self.mirror, page), slots(ranges)),
+                GuestRam(memoryview(self.ram)) if part.cls.DMA else None,
+                self.disks[part.name],
             )
         self.io = IoClient(
             "/nonexistent",
@@ -155,7 +245,14 @@ class Board:
         return len(part)
 
     def _link(self, peer: str) -> LocalLink:
-        self.links[peer] = LocalLink(self.slots[peer].handle, self.now_ns)
+        slot = self.slots[peer]
+
+        def handle(frame: Frame) -> Frame | None:
+            answer = slot.handle(frame)
+            slot.run_disks()
+            return answer
+
+        self.links[peer] = LocalLink(handle, self.now_ns)
         return self.links[peer]
 
 

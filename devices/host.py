@@ -28,10 +28,12 @@ from bus.grants import GrantRefused, attach
 from bus.link import BadRunDir
 from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
+from devices.disks import BadDisk, Disks
+from devices.dma import GuestRam
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.slot import Slot
 
-MIRROR_REGION = "mirror"
+MIRROR_REGION, RAM_REGION = "mirror", "ram"
 DRAIN_S = 2.0  # a sender that never stops must not keep us
 FLUSH_S = 5.0  # how long an attached console may take for the last bytes
 CONSOLE_SOCKET = "console-{node}.sock"
@@ -62,6 +64,7 @@ class Host:
         self._config = config
         cls = load_class(config.type)
         settings = make_settings(cls, config.settings)
+        self._disks = Disks.open(cls, settings)
         self._endpoint = Endpoint(config.run_dir, config.node)
         self._endpoint.bind()
         for peer in dict.fromkeys([*config.controllers, *config.cpus, config.launcher]):
@@ -81,6 +84,8 @@ class Host:
             self,
             self._endpoint.now_ns,
             self._mirror_writer(slots((*cls.PORTS, *cls.MMIO))),
+            GuestRam(self._region(RAM_REGION)) if cls.DMA else None,
+            self._disks,
         )
         self._wake, self._wake_signal = socket.socketpair()
         self._wake.setblocking(False)
@@ -111,6 +116,7 @@ class Host:
             for back_end in self._backends.values():
                 back_end.close(FLUSH_S)
             self._endpoint.close()
+            self._disks.close()
 
     # --- devices.slot.Outside -----------------------------------------------------------------------
 
@@ -182,6 +188,7 @@ class Host:
             log.warning("refused %s from %s: %s", frame, received.peer, answer.reason)
         if answer is not None:
             self._endpoint.reply(received, answer)
+        self._slot.run_disks()
 
     def _feed(self) -> None:
         """Give the device as much input as it has room for."""
@@ -209,12 +216,15 @@ class Host:
         index = self._config.mirror_index
         if index is None or not slot_of:
             return None
-        fd, size = attach(self._config.run_dir, MIRROR_REGION, writable=True)
+        return MirrorWriter(page_of(self._region(MIRROR_REGION), index), slot_of)
+
+    def _region(self, name: str) -> memoryview:
+        """One of the memory node's regions, to read and write."""
+        fd, size = attach(self._config.run_dir, name, writable=True)
         try:
-            region = memoryview(mmap.mmap(fd, size))
+            return memoryview(mmap.mmap(fd, size))
         finally:
             os.close(fd)
-        return MirrorWriter(page_of(region, index), slot_of)
 
 
 def console_path(run_dir: str | Path, node: str) -> Path:
@@ -231,7 +241,7 @@ def run(config: dict[str, Any]) -> None:
     logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
     try:
         host = Host(parsed)
-    except (BadDeviceType, BadSettings, BadRunDir, GrantRefused) as error:
+    except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused) as error:
         log.error("%s", error)
         raise SystemExit(1) from error
     signal.signal(signal.SIGTERM, lambda number, stack: host.stop())

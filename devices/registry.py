@@ -20,7 +20,7 @@ import msgspec
 
 from bus.mirror import slots
 from bus.ranges import BadRange
-from devices.base import Channel, Device, DeviceState, MmioRange, PortRange
+from devices.base import Channel, Device, DeviceState, Disk, MmioRange, PortRange
 
 BUILT_IN = {
     "uart16550": "Uart16550",
@@ -125,6 +125,11 @@ def _complaints(cls: type[Device[Any]]) -> Iterator[str]:
     for channel in cls.CHANNELS:
         if channel.setting not in settings:
             yield f"channel {channel.sends!r}: SETTINGS has no {channel.setting!r}"
+    for disk in cls.DISKS:
+        for setting in sorted({disk.setting, disk.read_only} - settings):
+            yield f"disk {disk.name!r}: SETTINGS has no {setting!r}"
+        if not cls.DMA:
+            yield f"disk {disk.name!r}: a device with disks declares DMA"
     for method, arguments in (("read", ("", 0, 1)), ("write", ("", 0, 1, 0))):
         try:
             inspect.signature(getattr(cls, method)).bind(None, *arguments)
@@ -133,7 +138,7 @@ def _complaints(cls: type[Device[Any]]) -> Iterator[str]:
 
 
 def _tuple_complaints(cls: type[Device[Any]]) -> Iterator[str]:
-    kinds = (("PORTS", PortRange), ("MMIO", MmioRange), ("IRQS", str), ("CHANNELS", Channel))
+    kinds = (("PORTS", PortRange), ("MMIO", MmioRange), ("IRQS", str), ("CHANNELS", Channel), ("DISKS", Disk))
     for what, kind in kinds:
         value = getattr(cls, what)
         if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):

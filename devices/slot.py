@@ -2,13 +2,15 @@
 
 No socket, clock or file here: devices/host.py runs a Slot in a process, devices/fake.py in a test.
 Effects of an operation (lines, INT, APIC messages, events, bytes) are collected while the device works.
-When it is done the mirror page is published, then they are handed on in order, then comes the answer: who
-sees an effect sees the register values that belong to it.
+When it is done the mirror page is published and guest memory is written, then they are handed on in order,
+then comes the answer: who sees an effect sees the registers and the memory that belong to it. Then comes
+disk I/O (`run_disks`), each completion an operation of its own, before anything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +46,8 @@ from bus.frames import (
 from bus.mirror import MirrorWriter
 from bus.ranges import IoRange
 from devices.base import Device, StateMismatch
+from devices.disks import DiskRequest, Disks
+from devices.dma import GuestRam
 
 STRING_MAX = 1 << 20  # bytes of one string access
 TIMERS_PER_TURN = 16  # a timer that is always due must not shut out the bus
@@ -123,8 +127,10 @@ class Slot:
         outside: Outside,
         now_ns: Callable[[], int],
         mirror: MirrorWriter | None,
+        ram: GuestRam | None = None,
+        disks: Disks | None = None,
     ) -> None:
-        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere."""
+        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere. `ram`: for cls.DMA."""
         self.node = node
         self.now_ns = now_ns
         self._outside = outside
@@ -138,6 +144,10 @@ class Slot:
         self._inputs = _Lines({})
         self._deadlines: dict[str, int] = {}
         self._effects: list[Callable[[], None]] = []
+        self._ram = ram
+        self._disks = disks
+        self._dma: list[tuple[int, bytes]] = []
+        self._disk_work: deque[DiskRequest] = deque()
         self._lines = frozenset(cls.IRQS)
         self.device = cls(self, settings)
         self.device.reset()
@@ -195,11 +205,31 @@ class Slot:
     def line_level(self, irq: int) -> bool:
         return bool(self._inputs.drivers.get(irq))
 
+    def dma_read(self, pa: int, size: int) -> bytes:
+        return self._memory().read(pa, size)
+
+    def dma_write(self, pa: int, data: bytes) -> None:
+        self._memory().check(pa, len(data))
+        self._dma.append((pa, bytes(data)))
+
+    def disk_read(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        self._ask_disk(DiskRequest(disk, tag, "read", offset, tuple(segments)))
+
+    def disk_write(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        self._ask_disk(DiskRequest(disk, tag, "write", offset, tuple(segments)))
+
+    def disk_flush(self, disk: str, tag: int) -> None:
+        self._ask_disk(DiskRequest(disk, tag, "flush"))
+
+    def disk_size(self, disk: str) -> int:
+        return self._all_disks().size(disk)
+
     # --- what the host calls ------------------------------------------------------------------------
 
     def handle(self, frame: Frame) -> Frame | None:
         """Do what a frame asks, hand on the effects, return the answer if there is one.
 
+        The caller hands that on, then calls run_disks().
         Refused for what the device does not have or take; any other exception is the device's own.
         """
         try:
@@ -213,6 +243,15 @@ class Slot:
         """Bytes from the host side, no more than device.room(channel)."""
         self.device.receive(channel, data)
         self._settle()
+        self.run_disks()
+
+    def run_disks(self) -> None:
+        """Do the disk I/O that was asked for, and what its completions ask for."""
+        while self._disk_work:
+            request = self._disk_work.popleft()
+            error = self._all_disks().perform(request, self._memory())
+            self.device.disk_done(request.disk, request.tag, error)
+            self._settle()
 
     def next_deadline_ns(self) -> int | None:
         return min(self._deadlines.values(), default=None)
@@ -228,6 +267,7 @@ class Slot:
             del self._deadlines[name]
             self.device.timer(name)
             self._settle()
+            self.run_disks()
 
     # --- inside -------------------------------------------------------------------------------------
 
@@ -311,10 +351,30 @@ class Slot:
     def _settle(self) -> None:
         if self._mirror is not None:
             self._mirror.publish(self.device.mirror(), self._done)
+        if self._dma:
+            writes, self._dma = self._dma, []
+            for pa, data in writes:
+                self._memory().write(pa, data)
         if self._effects:
             effects, self._effects = self._effects, []
             for effect in effects:
                 effect()
+
+    def _ask_disk(self, request: DiskRequest) -> None:
+        self._all_disks().size(request.disk)  # KeyError: there is no such disk
+        for pa, size in request.segments:
+            self._memory().check(pa, size)
+        self._disk_work.append(request)
+
+    def _memory(self) -> GuestRam:
+        if self._ram is None:
+            raise ValueError(f"{self.node} declares no DMA")
+        return self._ram
+
+    def _all_disks(self) -> Disks:
+        if self._disks is None:
+            raise ValueError(f"{self.node} declares no disks")
+        return self._disks
 
     def _write_all(self, writes: tuple[PostedWrite, ...]) -> None:
         """All of them, or none if one is refused. A width of 0: it is what was read from a Latch."""

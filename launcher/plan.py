@@ -6,6 +6,7 @@ files named in the machine file are imported, which runs their top level.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import msgspec
 
 from bus.addressmap import AddressMap, MapConflict
 from devices.base import Device
+from devices.disks import BadDisk, Disks
 from devices.host import console_path
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from launcher.boot_plan import BootPlan, prepare
@@ -68,11 +70,12 @@ def make_plan(config: MachineConfig) -> MachinePlan:
     address_map = AddressMap()
     devices = []
     pages = 0
-    for index, table in enumerate(config.devices):
-        device = _plan_device(config, index, table, pages)
-        pages += device.mirror_page is not None
-        _place(config, index, device, address_map)
-        devices.append(device)
+    with ExitStack() as tried:  # disks stay open till all are: no two devices may have the same one
+        for index, table in enumerate(config.devices):
+            device = _plan_device(config, index, table, pages, tried)
+            pages += device.mirror_page is not None
+            _place(config, index, device, address_map)
+            devices.append(device)
     _check_mmio(config, address_map)
     _check_controllers(config, devices)
     console = _pick_console(config, devices)
@@ -132,7 +135,9 @@ def _cpu_config(plan: MachinePlan, tsc_hz: int) -> dict[str, Any]:
     }
 
 
-def _plan_device(config: MachineConfig, index: int, table: DeviceTable, page: int) -> PlannedDevice:
+def _plan_device(
+    config: MachineConfig, index: int, table: DeviceTable, page: int, tried: ExitStack
+) -> PlannedDevice:
     try:
         cls = load_class(table.type)
     except BadDeviceType as e:
@@ -141,9 +146,26 @@ def _plan_device(config: MachineConfig, index: int, table: DeviceTable, page: in
         settings = make_settings(cls, table.settings)
     except BadSettings as e:
         raise config.error(f"device[{index}].settings", str(e), "correct it") from e
+    if cls.DISKS:
+        settings, table = _with_absolute_disks(config, table, cls, settings)
+        try:
+            tried.callback(Disks.open(cls, settings).close)
+        except BadDisk as e:
+            raise config.error(f"device[{index}].settings", str(e), "name another file") from e
     mirrored = any(r.mirrored or r.latched for r in (*cls.PORTS, *cls.MMIO))
     console = any(getattr(settings, c.setting) == CONSOLE_BACKEND for c in cls.CHANNELS)
     return PlannedDevice(table, cls, page if mirrored else None, console)
+
+
+def _with_absolute_disks(
+    config: MachineConfig, table: DeviceTable, cls: type[Device[Any]], settings: Any
+) -> tuple[Any, DeviceTable]:
+    """Settings, and the table with them, in which a disk's path no longer depends on the folder."""
+    folder = config.file.absolute().parent
+    paths = {d.setting: str((folder / Path(getattr(settings, d.setting)).expanduser()).resolve())
+             for d in cls.DISKS}  # fmt: skip
+    table = msgspec.structs.replace(table, settings={**table.settings, **paths})
+    return make_settings(cls, table.settings), table
 
 
 def _place(config: MachineConfig, index: int, device: PlannedDevice, address_map: AddressMap) -> None:

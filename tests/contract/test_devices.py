@@ -67,6 +67,11 @@ class Rig:
 
     def do(self, step: Action) -> Any:
         """The step's answer, which a guest or a back end could see."""
+        answer = self._do(step)
+        self.wiring.settle(self.device)
+        return answer
+
+    def _do(self, step: Action) -> Any:
         match step:
             case ("read", region, offset, width, _):
                 value = self.device.read(region, offset, width)
@@ -116,10 +121,11 @@ class Rig:
 
     def effects(self) -> tuple[list[Any], ...]:
         w = self.wiring
-        return list(w.changes), list(w.sent), list(w.events), list(w.apic_messages)
+        return list(w.changes), list(w.sent), list(w.events), list(w.apic_messages), list(w.dma_done)
 
     def forget(self) -> None:
-        for effects in (self.wiring.changes, self.wiring.sent, self.wiring.events, self.wiring.apic_messages):
+        for effects in (self.wiring.changes, self.wiring.sent, self.wiring.events, self.wiring.apic_messages,
+                        self.wiring.dma_done):
             effects.clear()
 
 
@@ -321,7 +327,7 @@ def test_reset_leaves_no_output_and_keeps_input_levels(variant: str) -> None:
         rig.do(("line", 5, True))
     rig.do(("reset",))
     rig.do(("reset",))
-    assert rig.effects() == ([], [], [], [])
+    assert rig.effects() == ([], [], [], [], [])
     if cls.CONTROLLER:
         assert "32" in str(rig.device.save()["fields"]), "the level of input line 5 is gone"
 

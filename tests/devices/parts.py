@@ -1,4 +1,4 @@
-"""Two small devices that use everything a device can use; also loaded as a device file by path."""
+"""Small devices that together use everything a device can use; also loaded as a device file by path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from devices.base import ApicMessage, Channel, Device, DeviceState, MirrorValue, MmioRange, PortRange
+from devices.base import ApicMessage, Channel, Device, DeviceState, Disk, MirrorValue, MmioRange, PortRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +146,64 @@ class Hub(Device[HubState]):
 
     def drive_lines(self) -> None:
         self.wiring.intr(any(self.state.levels))
+
+
+@dataclass(frozen=True, slots=True)
+class CopierSettings:
+    file: str
+    read_only: bool = False
+
+
+@dataclass(slots=True)
+class CopierState(DeviceState):
+    done: list[str] = field(default_factory=list)
+    line: bool = False
+
+
+class Copier(Device[CopierState]):
+    """Register 0: 1 reads sector 1 of the disk to 0x1000 and 0x3000, 2 writes it from there, 3 flushes,
+    4 asks for all three, 5 adds 1 to the byte at 0x2000, 6 asks for memory that is not there, 7 reads behind
+    the end; a completion is noted, marked at 0x2001 + tag, and raises the line."""
+
+    NAME = "copier"
+    PORTS = (PortRange("regs", 1),)
+    IRQS = ("line",)
+    SETTINGS = CopierSettings
+    DMA = True
+    DISKS = (Disk("disk"),)
+    STATE = CopierState
+
+    SEGMENTS = ((0x1000, 100), (0x3000, 412))
+
+    def reset(self) -> None:
+        self.state = CopierState()
+        self.drive_lines()
+
+    def read(self, region: str, offset: int, width: int) -> int:
+        return len(self.state.done)
+
+    def write(self, region: str, offset: int, width: int, value: int) -> None:
+        wiring = self.wiring
+        if value in (1, 4):
+            wiring.disk_read("disk", 1, 512, self.SEGMENTS)
+        if value in (2, 4):
+            wiring.disk_write("disk", 2, 512, self.SEGMENTS)
+        if value in (3, 4):
+            wiring.disk_flush("disk", 3)
+        if value == 5:
+            wiring.dma_write(0x2000, bytes([wiring.dma_read(0x2000, 1)[0] + 1]))
+            self.state.line = True
+        if value == 6:
+            wiring.disk_read("disk", 9, 0, ((1 << 31, 512),))
+        if value == 7:
+            wiring.disk_read("disk", 4, wiring.disk_size("disk") - 256, ((0x1000, 512),))
+        self.drive_lines()
+
+    def disk_done(self, disk: str, tag: int, error: str) -> None:
+        self.state.done.append(f"{tag}:{error}")
+        self.state.line = True
+        self.wiring.dma_write(0x2001 + tag, b"\1")
+        self.drive_lines()
+
+    def drive_lines(self) -> None:
+        self.wiring.set_irq("line", self.state.line)

@@ -11,11 +11,14 @@ import pytest
 
 from launcher.checks import HostFacts
 from launcher.main import main
+from tests.devices import parts
 from tests.launcher.conftest import Command, assert_nothing_left, machine_text
 
 GIB = 1 << 30
 EXTRA = '[[device]]\nname = "extra"\n'
 UART = 'type = "uart16550"\nports = { regs = 0x2f8 }\n'
+
+COPIER = f'[[device]]\nname = "c"\ntype = "{parts.__file__}:Copier"\nports = {{ regs = 0x500 }}\nsettings = '
 
 CASES = {
     "unknown key": (
@@ -142,6 +145,23 @@ CASES = {
         machine_text(rest='[memory]\nfile = "machine.toml"\n'),
         "it is something else",
     ),
+    "disk without a file": (
+        machine_text(rest=COPIER + "{}"),
+        "device[0].settings: copier settings: Object missing required field `file`",
+    ),
+    "disk that is missing": (
+        machine_text(rest=COPIER + '{ file = "no.img" }'),
+        "no.img cannot be read (No such file or directory); name another file",
+    ),
+    "disk of an odd size": (
+        machine_text(rest=COPIER + '{ file = "raises.py" }'),
+        "raises.py is 8 bytes long, which is no multiple of 512 above 0",
+    ),
+    "one file for two disks": (
+        machine_text(rest=COPIER + '{ file = "disk.img" }\n'
+                     + COPIER.replace('"c"', '"d"').replace("0x500", "0x501") + '{ file = "./disk.img" }'),
+        "disk.img is in use already, by this machine or another",
+    ),
     "no interrupt controller": (
         machine_text(rest="[cpu]\napic = false\n")
         .replace("pic8259", "postcode")
@@ -193,6 +213,7 @@ def test_check_refuses(
     (tmp_path / "machine.toml").write_text(text)
     for name, content in DEVICE_FILES.items():
         (tmp_path / name).write_text(content)
+    (tmp_path / "disk.img").write_bytes(bytes(1024))
     assert main(["check", str(tmp_path / "machine.toml")]) == 2
     captured = capfd.readouterr()
     assert captured.out == ""

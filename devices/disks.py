@@ -1,0 +1,136 @@
+"""Disks: files of the host that are read and written in place, straight from and to guest memory.
+
+A disk that is written is locked (flock), so that no two processes write one image; one that is only read is
+locked against writers. Errors of I/O are a line of text for the device, never an exception.
+Left out: images in another format than raw, O_DIRECT, discard, changes of size.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from devices.base import Device
+from devices.dma import GuestRam, Segments
+
+SECTOR = 512
+IOV_MAX = 1024  # segments of one preadv [readv(2)]
+
+
+class BadDisk(ValueError):
+    """A file that can't be a disk; one line says why."""
+
+
+class DiskRequest(NamedTuple):
+    """What a device asked for. `segments` is empty for a flush."""
+
+    disk: str
+    tag: int
+    kind: Literal["read", "write", "flush"]
+    offset: int = 0
+    segments: Segments = ()
+
+
+class DiskFile:
+    """One open disk."""
+
+    def __init__(self, path: str | Path, read_only: bool) -> None:
+        self.path = Path(path)
+        try:
+            self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            what = "read" if read_only or not os.access(path, os.R_OK) else "written"
+            raise BadDisk(f"{path} cannot be {what} ({error.strerror})") from error
+        try:
+            mode = os.fstat(self._fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise BadDisk(f"{path} is neither a file nor a block device")
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            if not self.size or self.size % SECTOR:
+                raise BadDisk(f"{path} is {self.size} bytes long, which is no multiple of {SECTOR} above 0")
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            raise BadDisk(f"{path} is in use already, by this machine or another") from error
+        except BadDisk:
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        """Give it back: another process may open it now."""
+        os.close(self._fd)
+
+    def read(self, offset: int, views: list[memoryview]) -> None:
+        """Fill the views. OSError, EOFError."""
+        while views:
+            done = os.preadv(self._fd, views[:IOV_MAX], offset)
+            if not done:
+                raise EOFError(f"{self.path} ends before byte {offset}")
+            views, offset = _rest(views, done), offset + done
+
+    def write(self, offset: int, views: list[memoryview]) -> None:
+        """Write the views out. OSError; EOFError beyond the end, which stays where it was."""
+        if offset + sum(map(len, views)) > self.size:
+            raise EOFError(f"{self.path} ends at byte {self.size}")
+        while views:
+            done = os.pwritev(self._fd, views[:IOV_MAX], offset)
+            views, offset = _rest(views, done), offset + done
+
+    def flush(self) -> None:
+        os.fdatasync(self._fd)
+
+
+class Disks:
+    """A device's disks by name."""
+
+    def __init__(self, disks: Mapping[str, DiskFile]) -> None:
+        self._disks = dict(disks)
+
+    @classmethod
+    def open(cls, device: type[Device[Any]], settings: Any) -> Disks:
+        """As the settings say; BadDisk."""
+        opened = cls({})
+        try:
+            for disk in device.DISKS:
+                path, read_only = getattr(settings, disk.setting), getattr(settings, disk.read_only)
+                opened._disks[disk.name] = DiskFile(path, read_only)
+        except BadDisk:
+            opened.close()
+            raise
+        return opened
+
+    def close(self) -> None:
+        for disk in self._disks.values():
+            disk.close()
+        self._disks.clear()
+
+    def size(self, disk: str) -> int:
+        return self._disks[disk].size
+
+    def perform(self, request: DiskRequest, ram: GuestRam) -> str:
+        """Do it; "" or what went wrong, in one line."""
+        disk = self._disks[request.disk]
+        try:
+            match request.kind:
+                case "read":
+                    disk.read(request.offset, ram.views(request.segments))
+                case "write":
+                    disk.write(request.offset, ram.views(request.segments))
+                case "flush":
+                    disk.flush()
+        except (OSError, EOFError) as error:
+            return f"{request.kind} of {disk.path}: {' '.join(str(error).split())}"
+        return ""
+
+
+def _rest(views: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of the views behind their first `done` bytes."""
+    for at, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[at + 1 :]]
+        done -= len(view)
+    return []

@@ -192,6 +192,11 @@ class Target:
             raise AccessRefused(f"{self.node} refused {frame}: {reply.reason}")
         raise AccessRefused(f"{self.node} answered {frame} with {reply}")
 
+    def positions(self) -> tuple[int, int]:
+        """Numbers of the last frames to and from the device, everything that has arrived taken."""
+        self._drop_strays()
+        return self._stream.positions()
+
     def close(self) -> None:
         self._link.close()
 

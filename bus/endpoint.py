@@ -20,7 +20,7 @@ from bus.codec import BadFrame
 from bus.counters import Counters
 from bus.frames import Frame, Header, Refused
 from bus.link import dial, make_socket, socket_path
-from bus.stream import Stream, id_source
+from bus.stream import Positions, Stream, id_source
 
 FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
 LINGER_MS = 300  # how long close() waits for what was sent to leave
@@ -152,6 +152,12 @@ class Endpoint:
                 received = self._from_router(socket) if peer is None else self._from_dealer(peer, socket)
                 if received is not None:
                     yield received
+
+    def positions(self) -> Positions:
+        """Of all connections, those made by others and ours."""
+        asked = {f"{who.decode(NAMES)}>{self.node}": stream for who, stream in self._asked.items()}
+        asking = {f"{self.node}>{peer}": stream for peer, stream in self._asking.items()}
+        return {name: stream.positions() for name, stream in {**asked, **asking}.items()}
 
     def stats(self) -> dict[str, Any]:
         return self.counters.to_plain()

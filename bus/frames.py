@@ -208,6 +208,35 @@ class LoadReply(Frame, frozen=True):
     """The record fits and is in force."""
 
 
+class Pause(Frame, frozen=True):
+    """Stand still: a CPU between two instructions, a device's timers and input, the machine's clock.
+
+    Asked again, it says which frames have arrived by now.
+    """
+
+
+class PauseReply(Frame, frozen=True):
+    """It stands, at `clock_ns` of the machine's clock.
+
+    `frames`: for each connection, "who connected>to whom", the numbers of the last frames sent and taken.
+    Where both ends agree, nothing is under way.
+    """
+
+    clock_ns: int
+    frames: dict[str, Any]
+
+
+class Continue(Frame, frozen=True):
+    """Go on; the machine's clock is `clock_ns` when CLOCK_MONOTONIC is `host_ns`."""
+
+    clock_ns: int
+    host_ns: int
+
+
+class ContinueReply(Frame, frozen=True):
+    """It goes on."""
+
+
 class Shutdown(Frame, frozen=True):
     """Handle what has arrived, flush the host side, exit 0."""
 
@@ -258,5 +287,9 @@ TABLE: dict[int, tuple[type[Frame], Direction]] = {
     44: (Refused, "reply"),
     45: (Timing, "request"),
     46: (TimingReply, "reply"),
+    64: (Pause, "request"),
+    65: (PauseReply, "reply"),
+    66: (Continue, "request"),
+    67: (ContinueReply, "reply"),
 }
 KIND_OF: dict[type[Frame], int] = {cls: kind for kind, (cls, _) in TABLE.items()}

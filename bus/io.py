@@ -23,6 +23,7 @@ from bus.asking import AccessRefused, Asking, DeviceGone, LatchState, OnLate, Ta
 from bus.binding import Binder, Bindings, OnOpenBus
 from bus.frames import Eoi, IntAck, IntAckReply, StringIn, StringInReply, StringOut, StringOutReply
 from bus.link import Link, ZmqLink
+from bus.stream import Positions
 
 __all__ = ["AccessRefused", "DeviceGone", "IoClient", "OnLate", "OnOpenBus"]
 
@@ -41,19 +42,22 @@ class IoClient:
         now_ns: Callable[[], int],
         on_open_bus: OnOpenBus,
         *,
+        clock: Callable[[], int] | None = None,
         pic: str | None,
         ioapics: Sequence[str],
         deadline_ns: int = 10_000_000_000,
         on_late: OnLate | None = None,
         make_link: Callable[[str], Link] | None = None,
     ) -> None:
-        """`mirror` is the whole region "mirror"; None makes mirrored reads synchronous.
+        """`mirror` is the whole region "mirror"; None makes mirrored reads synchronous. `clock`: the
+        machine's, for the mirror's formulas; None: `now_ns`, which deadlines go by.
 
         After each deadline without an answer on_late is called and the wait goes on; without on_late
         DeviceGone is raised. `make_link` replaces the sockets (bus/fake.py).
         """
         self._map = address_map
-        self._asking = Asking(f"{node}.io", now_ns, deadline_ns, on_late)
+        self._name = f"{node}.io"
+        self._asking = Asking(self._name, now_ns, deadline_ns, on_late)
         self._context: zmq.Context[Any] | None = None
         if make_link is None:
             context = self._context = zmq.Context()
@@ -70,7 +74,7 @@ class IoClient:
             target.last.update(((name, offset), 0) for offset in entry.range.own)
         self._pic = self._targets[pic] if pic else None
         self._ioapics = [self._targets[peer] for peer in ioapics]
-        binder = Binder(address_map, self._targets, mirror, now_ns, on_open_bus)
+        binder = Binder(address_map, self._targets, mirror, clock or now_ns, on_open_bus)
         self._port_readers = Bindings(lambda port, width: (binder.reader("port", port, width), True))
         self._port_writers = Bindings(lambda port, width: (binder.writer("port", port, width), True))
         self._mmio_readers = Bindings(
@@ -142,6 +146,10 @@ class IoClient:
     def flush(self) -> None:
         """Send all posted writes. At HLT, and within 2 ms of any write while none follows."""
         self._asking.flush()
+
+    def positions(self) -> Positions:
+        """Of the connections to all devices."""
+        return {f"{self._name}>{node}": target.positions() for node, target in self._targets.items()}
 
     def stats(self) -> dict[str, Any]:
         asking = self._asking

@@ -10,6 +10,8 @@ from bus.codec import BadFrame, decode, encode
 from bus.counters import Counters
 from bus.frames import Frame, Header
 
+Positions = dict[str, tuple[int, int]]  # by connection ("who>whom"): last frames sent and taken, by number
+
 
 class Stream:
     """Frames to and from one peer. The counters belong to the endpoint."""
@@ -21,6 +23,10 @@ class Stream:
         self._now_ns = now_ns
         self._sent = 0
         self._seen = 0
+
+    def positions(self) -> tuple[int, int]:
+        """Numbers of the last frames sent and taken."""
+        return self._sent, self._seen
 
     def encode(self, frame: Frame, trace: int, span: int) -> bytes:
         self._sent += 1

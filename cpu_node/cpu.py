@@ -121,7 +121,7 @@ class Hooks(Protocol):
         """An INT n was delivered; it was executed at `cpl`."""
 
     def rdtsc(self) -> int:
-        """The time-stamp counter before Cpu.tsc_adjust is added."""
+        """The time-stamp counter, the machine's offset in it, before Cpu.tsc_adjust is added."""
 
     def unknown_msr(self, index: int, is_write: bool, value: int) -> None:
         """RDMSR or WRMSR of an MSR this CPU doesn't have; #GP follows."""
@@ -138,6 +138,8 @@ class Cpu:
         self.memory = memory
         self.hooks = hooks
         self.model = model
+        self.tsc_offset = 0  # of the machine: added to the host's counter, before tsc_adjust
+        self.tsc_mode = 0  # the bit of the code mode that follows from it
         self.reset()
 
     def reset(self) -> None:

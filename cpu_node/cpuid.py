@@ -112,6 +112,12 @@ class CpuModel:
         text = f"Backplane CPU (32-bit, translated) @ {self.tsc_hz / 1e9:.2f}GHz"
         return text.encode("ascii").ljust(48, b"\0")[:47] + b"\0"
 
+    @property
+    def features(self) -> list[str]:
+        """The host's flags that the guest is told of."""
+        tables = (LEAF1_EDX, LEAF1_ECX, LEAF7_EBX, LEAF1_ECX_CRYPTO if self.crypto else ())
+        return sorted(flag for table in tables for _, flag in table if flag in self.host and flag is not None)
+
     def leaf(self, index: int, subleaf: int, apic_enabled: bool, limited: bool) -> Leaf:
         """The four registers. `limited`: IA32_MISC_ENABLE bit 22 is set.
 

@@ -51,6 +51,7 @@ from cpu_node.encode import (
     opcode_bytes,
     with_va,
 )
+from cpu_node.rdtsc import RDTSC, with_offset
 
 LEA_RSI, LEA_RDI = b"\x4a\x8d\x34\x2e", b"\x4a\x8d\x3c\x2f"  # lea rsi, [rsi+r13]
 CUT_ESI, CUT_EDI = b"\x89\xf6", b"\x89\xff"
@@ -254,7 +255,9 @@ class Templates:
         return (PLAIN, insn.length, 0, b"\x90", b"", 1)
 
     def _rdtsc(self, insn: Insn) -> Leaf:
-        return self._simulate(insn) if self.mode & modes.TSC_SIMULATED else self._make(insn, b"\x0f\x31")
+        if self.mode & modes.TSC_SIMULATED:
+            return self._simulate(insn)
+        return self._make(insn, with_offset() if self.mode & modes.TSC_OFFSET else RDTSC)
 
     def _incdec(self, insn: Insn) -> Leaf:
         op = insn.row.opcode

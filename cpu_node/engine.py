@@ -37,6 +37,7 @@ from cpu_node.flags import AC, OF, RF, TF
 from cpu_node.interrupts import Interrupts
 from cpu_node.line import PAGE, Line
 from cpu_node.mmu_choice import MmuChoice
+from cpu_node.msr import MASK64
 from cpu_node.paging import GuestMemory, PhysicalMemory, Walker
 from cpu_node.record_unsafe import Record
 from cpu_node.rollback import roll_back
@@ -92,7 +93,7 @@ class Engine:
         self.exits: Counter[int] = Counter()
         self._dirty = _MODE  # what `_set_mode` has to do
         self._traced = _NONE  # linear pages with breakpoints on instructions
-        self._after_ss = False  # the instruction before this one loaded SS
+        self.after_ss = False  # the instruction before this one loaded SS
         self.record.d[at.KICK // 4] = 0
         for index in range(6):
             self.segments_changed(index)
@@ -171,7 +172,7 @@ class Engine:
         self.assists.interrupted(vector, cpl)
 
     def rdtsc(self) -> int:
-        return self.platform.rdtsc()
+        return self.platform.rdtsc() + self.cpu.tsc_offset & MASK64
 
     def unknown_msr(self, index: int, is_write: bool, value: int) -> None:
         what = f"WRMSR {index:#x} = {value:#x}" if is_write else f"RDMSR {index:#x}"
@@ -298,7 +299,7 @@ class Engine:
         flags = cpu.eflags
         armed = cpu.dr[7] & 0xFF
         shadow, cpu.inhibit_interrupts = cpu.inhibit_interrupts, False
-        after_ss, self._after_ss = self._after_ss, False
+        after_ss, self.after_ss = self.after_ss, False
         if armed and not flags & RF and not after_ss:
             breakpoints.check_execution()
         if armed:
@@ -315,7 +316,7 @@ class Engine:
         if armed:
             cpu.pending_debug |= breakpoints.hits
         if cpu.inhibit_interrupts and row.action != "sti":
-            self._after_ss = True  # MOV SS and POP SS hold debug exceptions off too [6.8.3]
+            self.after_ss = True  # MOV SS and POP SS hold debug exceptions off too [6.8.3]
         elif cpu.pending_debug:
             self._debug_trap()
         if shadow:

@@ -40,6 +40,9 @@ class Interrupts:
         d[at.KICK // 4] = 0
         platform.poll()
         if self.engine.stopping:
+            if d[at.INTERRUPT_FLAG // 4] and reason != at.EXIT_SIMULATE and self._behind_sti():
+                cpu.inhibit_interrupts = True  # who goes on from here knows nothing of `reason`
+            self.shadow_over = False
             return  # a halted CPU would wait for something else to arrive
         if apic is not None:
             apic.set_lint(0, platform.intr)

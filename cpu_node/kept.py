@@ -15,7 +15,9 @@ from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from cpu_node import mode as modes
 from cpu_node.line import Chunk, Line
+from cpu_node.rdtsc import RDTSC
 
 _HEAD = struct.Struct("<IHBBHHIIIIII")
 _VERIFY, _SINGLE = 1, 2
@@ -28,8 +30,14 @@ Probe = tuple[int, int, int]  # offset, length, CRC-32 of the first guest bytes:
 
 
 def key_of(line: Line) -> Key:
-    """What a record must agree in before its bytes are compared."""
-    return line.va, line.mode, (_VERIFY if line.verify else 0) | (_SINGLE if line.starts == 1 else 0)
+    """What a record must agree in before its bytes are compared.
+
+    An offset of the time-stamp counter is nothing to code without RDTSC: a restored machine finds that.
+    """
+    mode = line.mode
+    if mode & modes.TSC_OFFSET and RDTSC not in line.code:
+        mode &= ~modes.TSC_OFFSET
+    return line.va, mode, (_VERIFY if line.verify else 0) | (_SINGLE if line.starts == 1 else 0)
 
 
 @dataclass(slots=True, eq=False)

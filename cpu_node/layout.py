@@ -112,6 +112,7 @@ TLB_CR2 = 0x650  # dword, the address that #PF is about
 RAM_SIZE = 0x658  # qword
 TLB_FILLS = 0x660  # qword, counts entries made
 PAGE_FAULTS = 0x668  # qword, counts #PF of code at CPL 3
+TSC_OFFSET = 0x670  # qword, what RDTSC adds to the host's counter in mode.TSC_OFFSET
 
 # Offsets in the facts about a gate to CPL 0, INT_GATE or FAULT_GATE.
 GATE_VECTOR = 0x00  # dword

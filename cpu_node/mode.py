@@ -23,10 +23,11 @@ NOT_FLAT = 0x40  # CS, SS, DS or ES has a base or a limit
 STEP = 0x80  # real or virtual-8086 mode, CPL 1 and 2, breakpoints without paging
 WATCHED = 0x100  # breakpoints are armed: their pages are left to the simulator
 SOFT = 0x200  # data by way of the software TLB (tlb.py) instead of a window; CPL 3 only
+TSC_OFFSET = 0x400  # RDTSC adds the machine's offset, which isn't 0
 INTERPRETED = CODE16 | STACK16 | NOT_FLAT | STEP  # no translation in this mode: the simulator runs it
 
 FLAG_NAMES = ("user", "no-fpu", "no-sse", "tsc", "code16", "stack16", "not-flat", "step", "watched",
-              "soft")
+              "soft", "tsc-offset")
 
 
 _TS_EM, _OSFXSR, _TSD, _PE, _PG = 0x0C, 0x200, 0x04, 0x01, 0x8000_0000  # of CR0, CR4, CR4, CR0, CR0
@@ -41,6 +42,8 @@ def of(cpu: Cpu, cpl: int) -> int:
         mode |= NO_SSE
     if cpu.tsc_adjust or (cpu.cr4 & _TSD and cpl):
         mode |= TSC_SIMULATED
+    else:
+        mode |= cpu.tsc_mode
     seg = cpu.seg
     code, stack, data, extra = seg[CS], seg[SS], seg[DS], seg[ES]
     if not code.big:

@@ -26,19 +26,23 @@ from typing import Any
 import msgspec
 
 from bus.addressmap import AddressMap
+from bus.clock import MachineClock
 from bus.endpoint import Endpoint, Received
 from bus.frames import (
     ApicMessage,
+    Continue,
+    ContinueReply,
     Event,
     Frame,
     Intr,
+    Pause,
+    PauseReply,
     Ping,
     Pong,
     Refused,
     Reset,
     ResetReply,
     Save,
-    SaveReply,
     Shutdown,
     Stats,
     StatsReply,
@@ -47,11 +51,14 @@ from bus.frames import (
 )
 from bus.io import IoClient
 from cpu_node import assembled, stubs_unsafe, timing
-from cpu_node import layout as at
+from cpu_node.counters import counters_of
 from cpu_node.cpuid import CpuModel, host_flags
 from cpu_node.engine import Engine
 from cpu_node.errors import TripleFault
 from cpu_node.lapic import LocalApic
+from cpu_node.node_config import NodeConfig
+from cpu_node.rdtsc import OFFSET_FLAG
+from cpu_node.standing import Standing
 from cpu_node.store import Store, version
 from cpu_node.tlb import HOST_FLAG
 from memory_node.client import attach
@@ -65,33 +72,6 @@ REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
 REPORTED_STATE = frozenset(("triple-fault",))
 
 log = logging.getLogger(__name__)
-
-
-class Controllers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    pic: str | None
-    ioapics: list[str]
-
-
-class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What the launcher says to a CPU node."""
-
-    node: str
-    run_dir: str
-    machine: str
-    map: dict[str, Any]
-    memory_size: int
-    tsc_hz: int
-    apic: bool
-    controllers: Controllers
-    start: dict[str, int]
-    user_mode: str = "translated"
-    translations: str = ""  # the folder they are kept in; empty: none
-    keep_after: int = 20_000  # instructions translated, and
-    keep_every_s: float = 10.0  # since the last time: then an idle CPU writes translations to the disk
-    trap_backend: str = "auto"
-    mmu: str = "auto"
-    launcher: str = "launcher"
-    log_level: str = "warning"
 
 
 class _RunAnew(Exception):
@@ -111,12 +91,16 @@ class Node:
         self._to_cpu = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._idle = False
         self._in_reset = False
+        self._ending = False
+        self._paused = config.clock_stopped_ns is not None
+        self._pauses: list[Received] = []  # to be answered once the guest stands
         self._closing = False
         self._alarm_ns: int | None = None  # the engine's
         self._flush_ns: int | None = None
         self._armed_ns: int | None = None
         self._seen: set[tuple[Any, ...]] = set()
         self._reports: Counter[str] = Counter()
+        self.clock = clock = MachineClock(config.clock_offset_ns, config.clock_stopped_ns)
         run_dir = Path(config.run_dir)
         ram_fd, size = attach(run_dir, "ram", True)
         mirror_fd, mirror_size = attach(run_dir, "mirror", False)
@@ -131,6 +115,7 @@ class Node:
             mirror,
             time.monotonic_ns,
             self._open_bus,
+            clock=clock,
             pic=config.controllers.pic,
             ioapics=config.controllers.ioapics,
         )
@@ -141,11 +126,13 @@ class Node:
             assembled.load(folder, tag)
         stubs_unsafe.install()
         self._rdtsc = stubs_unsafe.host_rdtsc()
-        model = CpuModel(tsc_hz=config.tsc_hz, has_apic=config.apic, host=host)
+        told = host if config.features is None else host.intersection(config.features)
+        model = CpuModel(tsc_hz=config.tsc_hz, has_apic=config.apic, host=told)
         apic = None
         if config.apic:
-            apic = LocalApic(model.apic_id, model.crystal_hz, config.tsc_hz, time.monotonic_ns)
+            apic = LocalApic(model.apic_id, model.crystal_hz, config.tsc_hz, clock)
         self.engine = Engine(ram_fd, mmap.mmap(ram_fd, size), self, model, apic)
+        self._standing = Standing(self.engine, clock, config.tsc_hz, OFFSET_FLAG in host)
         self._cache = self.engine.contexts.cache
         if config.translations:
             self._cache.store = Store(folder, tag, time.time)
@@ -176,21 +163,32 @@ class Node:
         engine = self.engine
         self._bus_thread.start()
         self._bus_ready.wait()
-        engine.start(self.config.start)
+        if self.config.state is None:
+            engine.start(self.config.start)
+        else:
+            self.intr = self._standing.load(self.config.state)
+            if not self._paused:
+                self._standing.go_on(self.config.clock_offset_ns)
         gc.freeze()  # what is there now stays; what comes is mostly lines, which stay, too
         gc.set_threshold(GC_THRESHOLD)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
         self._send(Event("ready", self.config.node))
-        while not engine.stopping:
+        while not self._ending:
+            if self._paused:
+                self._stand()
+                continue
             try:
+                engine.stopping = False
                 self._time_if_wanted()
+                if self._in_reset:
+                    self._wait_in_reset()
+                    continue
                 engine.run()
             except _RunAnew:
                 continue
             except TripleFault:
                 self.report("triple-fault", f"triple fault at {engine.where()}", engine.cpu.dump())
                 self._in_reset = True
-                self._wait_in_reset()
         self.close()
 
     def close(self) -> None:
@@ -254,14 +252,14 @@ class Node:
         self._io.eoi(vector)
 
     def now_ns(self) -> int:
-        return time.monotonic_ns()
+        return self.clock()
 
     def rdtsc(self) -> int:
         return self._rdtsc()
 
     def poll(self) -> None:
         """Take in what the bus thread received; flush what was posted long enough ago."""
-        now_ns = time.monotonic_ns()
+        now_ns = self.clock()
         if self._flush_ns is not None and now_ns >= self._flush_ns:
             self._io.flush()
             self._flush_ns = None
@@ -284,7 +282,7 @@ class Node:
         try:
             if self._inbox:
                 return
-            timeout = None if deadline_ns is None else (deadline_ns - time.monotonic_ns()) / 1e9
+            timeout = None if deadline_ns is None else self.clock.left_s(deadline_ns)
             if timeout is None or timeout > 0:
                 select.select([self._to_cpu], [], [], timeout)
         finally:
@@ -315,7 +313,7 @@ class Node:
 
     def _flush_soon(self) -> None:
         if self._io.pending:
-            self._flush_ns = time.monotonic_ns() + FLUSH_NS
+            self._flush_ns = self.clock() + FLUSH_NS
             self._arm()
 
     def _arm(self) -> None:
@@ -326,7 +324,7 @@ class Node:
         if first is None or (self._armed_ns is not None and self._armed_ns <= first):
             return
         self._armed_ns = first
-        signal.setitimer(signal.ITIMER_REAL, max(first - time.monotonic_ns(), 1000) / 1e9)
+        signal.setitimer(signal.ITIMER_REAL, max(self.clock.left_s(first), 1e-6))
 
     def _take(self, received: Received) -> None:
         frame, engine = received.frame, self.engine
@@ -337,16 +335,21 @@ class Node:
                 if engine.apic is not None:
                     engine.apic.accept(m.vector, m.delivery_mode, m.dest, bool(m.dest_mode),
                                        bool(m.trigger_level), bool(m.level_assert))
+            case Pause():
+                self._pauses.append(received)
+                self._paused = engine.stopping = True
+            case Continue(clock_ns=clock_ns, host_ns=host_ns):
+                self._answer(received, self._go_on(clock_ns - host_ns))
             case Save():
-                self._answer(received, SaveReply(engine.cpu.dump()))
+                self._answer(received, self._standing.saved(self.intr, self._in_reset))
             case Stats():
                 self._answer(received, StatsReply(self._counters()))
             case Timing(on=on):
                 self._timing_wanted = on
                 self._answer(received, TimingReply())
             case Shutdown():
-                engine.stopping = True
-                self._in_reset = False
+                self._ending = engine.stopping = True
+                self._in_reset = self._paused = False
             case Reset(start=start):
                 self._in_reset = not start
                 if start:
@@ -359,12 +362,39 @@ class Node:
     def _wait_in_reset(self) -> None:
         """Nothing runs until the launcher gives a state to start from."""
         self._io.flush()
-        while self._in_reset:
+        while self._in_reset and not self._paused:
+            self._wait_for_frames()
+
+    def _wait_for_frames(self) -> None:
+        if not self._inbox:
             select.select([self._to_cpu], [], [])
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._to_cpu)
-            while self._inbox:
-                self._take(self._inbox.popleft())
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._to_cpu)
+        while self._inbox:
+            self._take(self._inbox.popleft())
+
+    # ---- paused
+
+    def _stand(self) -> None:
+        """Between two instructions, until the launcher says Continue. Interrupts that arrive are kept."""
+        self._io.flush()
+        self._flush_ns = None
+        self._standing.stop()
+        while True:
+            while self._pauses:
+                self._answer(self._pauses.pop(), PauseReply(self._standing.clock_ns, self._io.positions()))
+            if not self._paused:
+                return
+            self._wait_for_frames()
+
+    def _go_on(self, clock_offset_ns: int) -> Frame:
+        if not self._standing.now:
+            return Refused("the CPU is not paused")
+        self._standing.go_on(clock_offset_ns)
+        self._paused = False
+        self._armed_ns = None
+        self._arm()
+        return ContinueReply()
 
     def _counters(self) -> dict[str, Any]:
         """Both endpoints together; latency is the round trip of the CPU's accesses."""
@@ -372,21 +402,7 @@ class Node:
         own = self._endpoint_stats
         for name in ("frames_in", "frames_out", "bad_frames", "lost", "duplicated", "unroutable"):
             io[name] += own.get(name, 0)
-        cache = engine.contexts.cache
-        io["exits"] = {at.EXIT_NAMES[reason]: n for reason, n in engine.exits.items()}
-        io["instructions_translated"] = cache.instructions
-        io["instructions_taken_over"] = cache.taken_over
-        io["code_cache_bytes"] = cache.position
-        io["cache_flushes"] = cache.flushes
-        io["pages_filled"] = engine.contexts.fills
-        io["spaces"] = len(engine.contexts.spaces)
-        q = engine.record.q
-        io["tlb_entries"], io["user_page_faults"] = q[at.TLB_FILLS // 8], q[at.PAGE_FAULTS // 8]
-        if engine.mmu_choice is not None:
-            io["went_to_window"] = engine.mmu_choice.went_to_window
-            io["went_to_tlb"] = engine.mmu_choice.went_to_tlb
-        if engine.direct is not None:
-            io["direct"] = engine.direct.counters()
+        io.update(counters_of(engine))
         if self._timing is not None:
             io["timing"] = self._timing.clock.to_plain()
         return io
@@ -436,11 +452,13 @@ class Node:
             self._inbox.append(received)
             news = True
         if news:
-            if self._idle or self._in_reset:
+            if self._idle or self._in_reset or self._paused:
                 os.eventfd_write(self._to_cpu, 1)
             signal.pthread_kill(self._cpu_thread, signal.SIGALRM)
         while self._outbox:
             to, frame = self._outbox.popleft()
+            if isinstance(frame, PauseReply):  # what has come here is taken before any later Save
+                frame = PauseReply(frame.clock_ns, {**frame.frames, **endpoint.positions()})
             if to is None:
                 endpoint.send(self.config.launcher, frame)
             else:

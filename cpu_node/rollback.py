@@ -17,10 +17,11 @@ from cpu_node.emit import CUT_EDI, CUT_ESI, sti_has_ecx_in_r9
 from cpu_node.emit_soft import SoftCode, SoftFunction
 from cpu_node.encode import EBP_FROM_R8, MOV_R8, POPPED, PUSHED
 from cpu_node.line import Line
+from cpu_node.rdtsc import SAVED_FROM
 from cpu_node.record_unsafe import Record
 from cpu_node.translate import CHECK_SAVED_FROM, check_source
 
-ECX, ESP, EBP, ESI, EDI = 1, 4, 5, 6, 7
+EAX, ECX, EDX, ESP, EBP, ESI, EDI = 0, 1, 2, 4, 5, 6, 7
 _JUMP_SLOT = b"\x41\xff\x67"  # jmp [r15+slot]: r8d is the guest address
 _JUMP_TABLE = b"\x43\xff\x24\xc6"
 
@@ -82,6 +83,8 @@ def roll_back(record: Record, cache: CodeCache, rip: int) -> tuple[Line | None, 
     if q[at.REGS // 8 + ESP] >= 1 << 32:  # PUSHF and POPF are on the host's stack
         regs[ESP] = record.scratch(10) & 0xFFFFFFFF
     match insn.row.action:
+        case "rdtsc" if line.mode & modes.TSC_OFFSET and delta >= SAVED_FROM:
+            regs[EAX], regs[EDX] = record.scratch(10) & 0xFFFFFFFF, record.scratch(11) & 0xFFFFFFFF
         case "sti" if sti_has_ecx_in_r9(delta):
             regs[ECX] = record.scratch(9) & 0xFFFFFFFF
         case "popf" if here[0] == 0xEB:

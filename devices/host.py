@@ -3,6 +3,7 @@
 A turn: wait for a frame, a descriptor of a back end, a signal or the earliest timer; run what is due. Frames
 are answered in order of arrival, one sender's frames in the order in which it sent them.
 The loop ends after Shutdown or SIGTERM: what has arrived is still handled, consoles are flushed, exit 0.
+After Pause no timer runs and no input is taken, until Continue; frames are answered as ever.
 A device that raises is broken: the launcher gets an Event "device-error" with one line, exit 1.
 Left out: swap, checkpoints, replay.
 """
@@ -22,12 +23,28 @@ from typing import Any
 
 import msgspec
 
+from bus.clock import MachineClock
 from bus.endpoint import Endpoint, Received
-from bus.frames import ApicMessage, Event, Frame, Intr, Line, Refused, Shutdown, Stats, StatsReply
+from bus.frames import (
+    ApicMessage,
+    Continue,
+    ContinueReply,
+    Event,
+    Frame,
+    Intr,
+    Line,
+    Pause,
+    PauseReply,
+    Refused,
+    Shutdown,
+    Stats,
+    StatsReply,
+)
 from bus.grants import GrantRefused, attach
 from bus.link import BadRunDir
 from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
+from devices.base import StateMismatch
 from devices.disks import BadDisk, Disks
 from devices.dma import GuestRam
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
@@ -53,6 +70,9 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     controllers: list[str] = []  # nodes that get this device's Line frames
     cpus: list[str] = []  # CPU nodes; the first one is the boot processor
     launcher: str = "launcher"
+    clock_offset_ns: int = 0  # bus/clock.py
+    clock_stopped_ns: int | None = None  # paused from the start
+    state: dict[str, Any] | None = None  # of Save, to begin with
     mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
     log_level: str = "warning"
 
@@ -76,16 +96,18 @@ class Host:
         self._backends: dict[str, BackEnd] = {
             channel.sends: self._back_end(getattr(settings, channel.setting)) for channel in cls.CHANNELS
         }
+        self._clock = MachineClock(config.clock_offset_ns, config.clock_stopped_ns)
         self._slot = Slot(
             config.node,
             cls,
             settings,
             config.irqs,
             self,
-            self._endpoint.now_ns,
+            self._clock,
             self._mirror_writer(slots((*cls.PORTS, *cls.MMIO))),
             GuestRam(self._region(RAM_REGION)) if cls.DMA else None,
             self._disks,
+            config.state,
         )
         self._wake, self._wake_signal = socket.socketpair()
         self._wake.setblocking(False)
@@ -159,7 +181,9 @@ class Host:
 
     def _timeout_ns(self) -> int | None:
         deadline_ns = self._slot.next_deadline_ns()
-        return None if deadline_ns is None else max(0, deadline_ns - self._endpoint.now_ns())
+        if deadline_ns is None or self._clock.stopped_ns is not None:
+            return None
+        return max(0, deadline_ns - self._clock())
 
     def _handle_frames(self) -> bool:
         """Handle what has arrived; whether that was anything."""
@@ -178,12 +202,18 @@ class Host:
         if isinstance(frame, Shutdown):
             self._stopping = True
             return
-        if isinstance(frame, Stats):
-            mine = {"cpu_ns": time.process_time_ns(), "turns": self._turns}
-            answer = StatsReply({**self._endpoint.stats(), **mine})
-        else:
-            self._trace = received.header.trace
-            answer = self._slot.handle(frame)
+        match frame:
+            case Stats():
+                mine = {"cpu_ns": time.process_time_ns(), "turns": self._turns}
+                answer = StatsReply({**self._endpoint.stats(), **mine})
+            case Pause():
+                answer = PauseReply(self._clock.stop(), self._endpoint.positions())
+            case Continue(clock_ns=clock_ns, host_ns=host_ns):
+                self._clock.go_on(clock_ns - host_ns)
+                answer = ContinueReply()
+            case _:
+                self._trace = received.header.trace
+                answer = self._slot.handle(frame)
         if isinstance(answer, Refused):
             log.warning("refused %s from %s: %s", frame, received.peer, answer.reason)
         if answer is not None:
@@ -191,7 +221,9 @@ class Host:
         self._slot.run_disks()
 
     def _feed(self) -> None:
-        """Give the device as much input as it has room for."""
+        """Give the device as much input as it has room for; while the machine is paused it takes none."""
+        if self._clock.stopped_ns is not None:
+            return
         for channel in self._channels:
             if channel.receives:
                 data = self._backends[channel.sends].take(self._slot.device.room(channel.receives))
@@ -241,7 +273,7 @@ def run(config: dict[str, Any]) -> None:
     logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
     try:
         host = Host(parsed)
-    except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused) as error:
+    except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused, StateMismatch) as error:
         log.error("%s", error)
         raise SystemExit(1) from error
     signal.signal(signal.SIGTERM, lambda number, stack: host.stop())

@@ -129,8 +129,10 @@ class Slot:
         mirror: MirrorWriter | None,
         ram: GuestRam | None = None,
         disks: Disks | None = None,
+        saved: dict[str, Any] | None = None,
     ) -> None:
-        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere. `ram`: for cls.DMA."""
+        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere. `ram`: for cls.DMA. `saved`: a
+        state record to begin with, as of Save; nobody hears of the reset before it. Raises StateMismatch."""
         self.node = node
         self.now_ns = now_ns
         self._outside = outside
@@ -151,6 +153,9 @@ class Slot:
         self._lines = frozenset(cls.IRQS)
         self.device = cls(self, settings)
         self.device.reset()
+        if saved is not None:
+            self._effects.clear()
+            self._load(saved)
         self._settle()
 
     # --- devices.base.Wiring -----------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The control socket of a running machine: what `launcher ps` and `launcher down` talk to.
 
 One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
-of stats with all counters; {"op": "timing-on"}, {"op": "timing-off"} or {"op": "down"} -> {}.
+of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {}. A request
+may carry arguments besides; what can't be done is answered with {"error": one line}.
 An answer may come later than the request; the connection stays open until then.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from launcher.errors import EXIT_DIED, LauncherError
 from memory_node import wire
 
-OPERATIONS = ("ps", "stats", "timing-on", "timing-off", "down")
+OPERATIONS = ("ps", "stats", "timing-on", "timing-off", "pause", "resume", "down")
 ANSWER_S = 10.0
 DOWN_MS = 30_000  # longer than the supervisor is polite
 
@@ -39,20 +40,20 @@ class ControlServer:
     def descriptors(self) -> list[int]:
         return [self._listener.fileno(), *self._clients]
 
-    def readable(self, fd: int) -> Iterator[tuple[int, str]]:
-        """(client, operation) for each request that has arrived there."""
+    def readable(self, fd: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(client, request) for each request that has arrived there; its "op" is one of OPERATIONS."""
         if fd == self._listener.fileno():
             client, _ = self._listener.accept()
             client.setblocking(False)
             self._clients[client.fileno()] = client
         elif fd in self._clients:
-            op = self._request(self._clients[fd])
-            if op is None:
+            request = self._request(self._clients[fd])
+            if request is None:
                 self._drop(fd)
-            elif op in OPERATIONS:
-                yield fd, op
+            elif (op := request.get("op")) in OPERATIONS:
+                yield fd, request
             else:
-                self.answer(fd, {"error": f"no operation {op!r}, there are: {', '.join(OPERATIONS)}"})
+                self.answer(fd, {"error": f"no operation {str(op)!r}, there are: {', '.join(OPERATIONS)}"})
 
     def answer(self, client: int, reply: dict[str, Any]) -> None:
         """Send the reply and hang up; a client that is gone by now gets none."""
@@ -70,7 +71,7 @@ class ControlServer:
         self._clients.pop(client).close()
 
     @staticmethod
-    def _request(client: socket.socket) -> str | None:
+    def _request(client: socket.socket) -> dict[str, Any] | None:
         try:
             received = wire.receive_record(client)
         except (OSError, wire.BadRecord):
@@ -80,14 +81,14 @@ class ControlServer:
         request, fds = received
         for fd in fds:
             os.close(fd)
-        return str(request.get("op"))
+        return request
 
 
-def ask(path: Path, op: str, machine: str) -> dict[str, Any]:
+def ask(path: Path, op: str, machine: str, timeout_s: float = ANSWER_S, **arguments: Any) -> dict[str, Any]:
     """One request to a running machine's launcher; NoAnswer when it is stuck or ends meanwhile."""
     try:
-        with contextlib.closing(wire.connect(path, ANSWER_S)) as sock:
-            wire.send_record(sock, {"op": op})
+        with contextlib.closing(wire.connect(path, timeout_s)) as sock:
+            wire.send_record(sock, {"op": op, **arguments})
             received = wire.receive_record(sock)
     except (OSError, wire.BadRecord) as e:
         raise NoAnswer(f"{machine}: its launcher does not answer: {e}") from e

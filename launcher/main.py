@@ -1,4 +1,4 @@
-"""The command line: `launcher up | down | ps | stats | console | check | version`.
+"""The command line: `launcher up | down | pause | resume | ps | stats | console | check | version`.
 
 Imports little at its top, so that Ctrl-C has its quiet effect from the start.
 """
@@ -64,6 +64,8 @@ def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], Host
             return _stats(options)
         case "down":
             return _down(options)
+        case "pause" | "resume":
+            return _pause_or_resume(options)
         case "console":
             return _console(options)
         case _:
@@ -104,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
 
     down = commands.add_parser("down", help="end a running machine", description="End a running machine.")
     _add_machine(down)
+    _add_machine(commands.add_parser(
+        "pause",
+        help="stop a running machine, and its clocks",
+        description="Stop a machine between two instructions. Its time stands still until `launcher resume`.",
+    ))
+    _add_machine(commands.add_parser(
+        "resume", help="let a paused machine go on", description="Let a paused machine go on from its time."
+    ))
     ps = commands.add_parser(
         "ps",
         help="list the processes of running machines",
@@ -225,6 +235,16 @@ def _down(options: Any) -> int:
     path = _running(options.machine)
     down(path / CONTROL, path.name, launcher_pid(path))
     print(f"{path.name}: ended")
+    return EXIT_OK
+
+
+def _pause_or_resume(options: Any) -> int:
+    from launcher.control import ask
+    from launcher.rundir import CONTROL
+
+    path = _running(options.machine)
+    ask(path / CONTROL, options.command, path.name)
+    print(f"{path.name}: {options.command}d")
     return EXIT_OK
 
 

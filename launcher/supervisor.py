@@ -25,6 +25,7 @@ from launcher.control import ControlServer
 from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
 from launcher.forkserver import Child, ChildSpec, ForkServer
 from launcher.journal import Journal
+from launcher.pausing import NotQuiet, Pausing
 from launcher.plan import CPU, MEMORY
 from launcher.pump import Pump
 from launcher.rundir import CONTROL
@@ -103,6 +104,7 @@ class Supervisor:
         self._started_ns = time.monotonic_ns()
         self._console_open = False
         self._endpoint = Endpoint(launch.run_dir, LAUNCHER)
+        self._pausing = Pausing(lambda node, frame: self._endpoint.request(node, frame, ANSWER_NS))
         self._control = ControlServer(launch.run_dir / CONTROL)
 
     def live(self, timeout_s: float | None, on_ready: Callable[[], None]) -> MachineEnd:
@@ -196,8 +198,8 @@ class Supervisor:
         if self._pump is not None and readable & {self._pump.sock.fileno(), self._pump.pidfd}:
             self._take_pump_record(self._pump)
         for fd in readable.intersection(self._control.descriptors()):
-            for client, op in self._control.readable(fd):
-                self._obey(client, op)
+            for client, request in self._control.readable(fd):
+                self._obey(client, request)
         self._answer_ps()
 
     def _wait_ns(self, timeout_ns: int | None) -> int | None:
@@ -255,11 +257,13 @@ class Supervisor:
             case "closed":
                 pass  # the device has ended, and its pidfd says so
 
-    def _obey(self, client: int, op: str) -> None:
-        match op:
+    def _obey(self, client: int, request: dict[str, Any]) -> None:
+        match op := request["op"]:
             case "down":
                 self._control.answer(client, {})
                 raise MachineEnd(EXIT_OK, "ended by `launcher down`")
+            case "pause" | "resume":
+                self._pause_or_resume(client, op == "pause")
             case "timing-on" | "timing-off":
                 self._endpoint.send(CPU, Timing(op == "timing-on"))
                 self._control.answer(client, {})
@@ -269,6 +273,15 @@ class Supervisor:
                     self._endpoint.send(node, Stats())
                 deadline_ns = time.monotonic_ns() + STATS_NS
                 self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
+
+    def _pause_or_resume(self, client: int, pause: bool) -> None:
+        devices = [n for n in self._processes if n not in (CPU, MEMORY)]
+        try:
+            (self._pausing.pause if pause else self._pausing.resume)(CPU, devices)
+        except NotQuiet as e:
+            self._control.answer(client, {"error": str(e)})
+        else:
+            self._control.answer(client, {})
 
     def _answer_ps(self) -> None:
         for request in list(self._ps_requests):
@@ -288,6 +301,8 @@ class Supervisor:
                 row["state"] = "starting"
             elif node in request.missing:
                 row["state"] += ", silent"
+            elif self._pausing.paused and node != MEMORY:
+                row["state"] = "paused"
             if request.everything:
                 row["counters"] = request.counters.get(node, {})
             yield row
@@ -345,7 +360,7 @@ class Supervisor:
             reply = self._endpoint.request(CPU, Save(), ANSWER_NS)
         except RuntimeError as e:
             return {"unknown": str(e)}
-        return reply.state if isinstance(reply, SaveReply) else {"unknown": repr(reply)}
+        return reply.state["cpu"] if isinstance(reply, SaveReply) else {"unknown": repr(reply)}
 
     def _request(self, node: str, frame: Reset) -> None:
         reply: Frame = self._endpoint.request(node, frame, ANSWER_NS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import signal
@@ -15,12 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from bus.addressmap import AddressMap
 from bus.endpoint import Endpoint, Received, RequestRefused
 from bus.frames import (
     ApicMessage,
+    Continue,
+    ContinueReply,
     Eoi,
     Event,
     Frame,
@@ -30,6 +32,8 @@ from bus.frames import (
     Line,
     Load,
     LoadReply,
+    Pause,
+    PauseReply,
     Ping,
     Pong,
     PostedBatch,
@@ -55,13 +59,13 @@ from tests.devices.parts import Gadget
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LONG_NS = 240_000_000_000  # a bound on hanging, not an expectation
-START = "import json, sys; from {module} import run; run(json.loads(sys.argv[1]))"
+START = "import msgpack, sys; from {module} import run; run(msgpack.unpackb(bytes.fromhex(sys.argv[1])))"
 GADGET, HUB = f"{parts.__file__}:Gadget", f"{parts.__file__}:Hub"
 
 
 def start(module: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
     program = START.format(module=module)
-    return subprocess.Popen([sys.executable, "-c", program, json.dumps(config)], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", program, msgpack.packb(config).hex()], cwd=ROOT)
 
 
 class Machine:
@@ -215,6 +219,50 @@ def test_save_and_load_into_another_process(machine: Machine) -> None:
         machine.ask("h", Load({"nonsense": 1}))
     assert machine.ask("h", Reset()) == ResetReply()
     assert machine.ask("h", Read("regs", 8, 4)) == ReadReply(0)
+
+
+def test_a_paused_device_has_no_timers_and_takes_no_input(machine: Machine) -> None:
+    machine.start("g", settings={"backend": "console"})
+    paused = machine.ask("g", Pause())
+    assert isinstance(paused, PauseReply)
+    assert paused.frames["cpu0>g"] == [0, 1]  # this question; its answer comes after
+    machine.ask("g", Write("regs", 4, 1, 20))  # a timer of 20 ms
+    state = machine.ask("g", Save())
+    with attach_console(machine, "g") as client:
+        client.sendall(b"x")
+        time.sleep(0.2)
+        again = machine.ask("g", Pause())
+        assert isinstance(again, PauseReply)
+        assert again.clock_ns == paused.clock_ns
+        assert machine.ask("g", Save()) == state
+        machine.ask("g", Write("regs", 4, 1, 20))
+        began = time.monotonic_ns()
+        assert machine.ask("g", Continue(paused.clock_ns, began)) == ContinueReply()
+        while machine.ask("g", Read("regs", 3, 1)) == ReadReply(0):
+            assert time.monotonic_ns() - began < LONG_NS
+        while machine.ask("g", Read("regs", 5, 1)) == ReadReply(0):
+            assert time.monotonic_ns() - began < LONG_NS
+    assert time.monotonic_ns() - began >= 20_000_000
+
+
+def test_a_device_begins_with_a_saved_state(machine: Machine) -> None:
+    """Whom it drives hears of that state, and of nothing before it."""
+    machine.start("hub", HUB, cpus=["cpu0"])
+    machine.start("g", irqs={"line": 5}, controllers=["hub"])
+    machine.at_cpu(1)
+    machine.ask("g", Write("regs", 8, 4, 0x01020304))
+    saved = machine.ask("g", Save())
+    assert isinstance(saved, SaveReply)
+    machine.start("h", irqs={"line": 6}, controllers=["hub"], state=saved.state, clock_stopped_ns=7)
+    assert machine.ask("h", Save()) == saved
+    assert machine.ask("h", Pause()).clock_ns == 7  # type: ignore[attr-defined]
+    assert machine.ask("h", Read("regs", 8, 4)) == ReadReply(0x01020304)
+
+
+def test_a_foreign_state_ends_the_start(machine: Machine) -> None:
+    config = {"node": "g", "run_dir": str(machine.run_dir), "machine": "m", "type": GADGET}
+    process = machine.processes["g"] = start("devices.host", {**config, "state": {"nonsense": 1}})
+    assert process.wait(LONG_NS / 1e9) == 1
 
 
 def test_stats(machine: Machine) -> None:
@@ -376,7 +424,7 @@ def test_a_device_that_cannot_start_says_why_in_one_line(
 ) -> None:
     config = {"node": "g", "run_dir": str(short_path), "machine": "m", "type": GADGET, **wrong}
     done = subprocess.run(
-        [sys.executable, "-c", START.format(module="devices.host"), json.dumps(config)],
+        [sys.executable, "-c", START.format(module="devices.host"), msgpack.packb(config).hex()],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -312,9 +312,10 @@ GROUPS: dict[str, tuple[Block, ...]] = {
         Block("LOCK where it can't be", b"\xf0\x40"),
         Block("more than 15 bytes", b"\x2e" * 15 + b"\x40"),
     ),
-    "modes": tuple(
-        Block("what depends on the mode", STATE_DEPENDENT, mode)
-        for mode in (KERNEL, modes.USER, modes.NO_FPU, modes.NO_SSE, modes.TSC_SIMULATED | modes.USER)
+    "modes": (
+        *(Block("what depends on the mode", STATE_DEPENDENT, mode)
+          for mode in (KERNEL, modes.USER, modes.NO_FPU, modes.NO_SSE, modes.TSC_SIMULATED | modes.USER)),
+        Block("the machine was paused or restored", "rdtsc\nnop", modes.TSC_OFFSET),
     ),
     "verify": (
         Block("bytes are checked", "inc eax\nmov eax, [ebx]\njmp next\nnext: ret", verify=True),

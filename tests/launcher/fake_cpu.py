@@ -91,7 +91,7 @@ class FakeCpu:
             case Stats():
                 reply(received, StatsReply(self.endpoint.stats()))
             case Save():
-                reply(received, SaveReply(STATE))
+                reply(received, SaveReply({"cpu": STATE}))
             case Reset(start):
                 self.resets.append(start)
                 reply(received, ResetReply())

@@ -14,7 +14,7 @@ from bus.codec import BadFrame
 from bus.counters import Counters
 from bus.frames import Frame, PostedBatch, PostedWrite, Read, Refused
 from bus.link import Link
-from bus.stream import Stream, id_source
+from bus.stream import Need, Stream, id_source
 
 BATCH_WRITES = 64
 BATCH_AGE_NS = 2_000_000
@@ -78,8 +78,8 @@ class LatchState:
 class Target:
     """One device as the CPU thread sees it."""
 
-    __slots__ = ("_asking", "_link", "_stream", "batch", "dirty", "last", "latches", "node", "oldest_ns",
-                 "posted")  # fmt: skip
+    __slots__ = ("_asking", "_link", "_live", "_resumes", "_stream", "batch", "dirty", "last", "latches", "node",
+                 "oldest_ns", "posted")  # fmt: skip
 
     def __init__(self, node: str, link: Link, asking: Asking) -> None:
         self.node = node
@@ -92,6 +92,8 @@ class Target:
         self._asking = asking
         self._link = link
         self._stream = Stream(asking.counters, asking.now_ns)
+        self._live = False  # the device has answered our connection
+        self._resumes = 0
 
     def poster(self, region: str, offset: int, width: int, prompt: bool) -> Callable[[int], None]:
         """A function that posts a write of this register."""
@@ -148,7 +150,7 @@ class Target:
         for _ in writes[1:]:  # every write has a span: the batch's and those after it
             next(asking.ids)
         self._send(PostedBatch(writes), span)
-        self._drop_strays()
+        self._take_all(0)
 
     def _take_batch(self) -> tuple[PostedWrite, ...]:
         asking, writes = self._asking, tuple(self.batch)
@@ -164,7 +166,7 @@ class Target:
             self.send_batch()
         self.dirty = True
         self._send(frame, next(self._asking.ids))
-        self._drop_strays()
+        self._take_all(0)
 
     def ask(self, frame: Frame, answer: type[R]) -> R:
         """A synchronous access, after everything posted to any device. A Read takes along what waits for
@@ -194,24 +196,39 @@ class Target:
 
     def positions(self) -> tuple[int, int]:
         """Numbers of the last frames to and from the device, everything that has arrived taken."""
-        self._drop_strays()
+        self._take_all(0)
         return self._stream.positions()
 
-    def close(self) -> None:
+    def close(self, until_ns: int) -> None:
+        """Stay until what was sent has left, or until then."""
+        while self._stream.unacknowledged and not self._live and self._asking.now_ns() < until_ns:
+            self._take_all(1)
         self._link.close()
+
+    def attend(self) -> bool:
+        """Read what the device says unasked; whether it has said Resume."""
+        before = self._resumes
+        self._take_all(0)
+        return self._resumes != before
 
     def _send(self, frame: Frame, span: int) -> None:
         """Begin a trace with `frame`; waits while the device is far behind."""
-        asking = self._asking
-        data = self._stream.encode(frame, span, span)
-        waited_ns = 0
-        while not self._link.send(data, asking.deadline_ms):
-            waited_ns += asking.deadline_ns
-            asking.late(self.node, frame, waited_ns)
+        asking, started_ns = self._asking, self._asking.now_ns()
+        if not self._live:
+            self._take_all(0)
+        while self._stream.full and self._stream.unacknowledged:
+            data = self._link.receive(asking.deadline_ms)
+            if data is None:
+                asking.late(self.node, frame, asking.now_ns() - started_ns)
+            else:
+                self._take(data, 0)
+        encoded = self._stream.encode(frame, span, span)
+        if encoded is not None and self._live:  # else it goes when the device says Resume
+            self._link.send(encoded)
 
-    def _drop_strays(self) -> None:
-        """Take what came in while nothing was asked, before it fills the device's way to us."""
-        while (stray := self._link.receive(0)) is not None:
+    def _take_all(self, timeout_ms: int) -> None:
+        """Take what comes while nothing is asked, before it fills the device's way to us."""
+        while (stray := self._link.receive(timeout_ms)) is not None:
             self._take(stray, 0)
 
     def _await(self, frame: Frame, span: int, started_ns: int) -> Frame:
@@ -225,12 +242,22 @@ class Target:
 
     def _take(self, data: bytes, span: int) -> Frame | None:
         """The frame if it answers `span`; anything else is logged: a refused batch, a late answer."""
+        stream = self._stream
         try:
-            decoded = self._stream.decode(data)
+            decoded = stream.decode(data)
         except BadFrame as error:
             log.warning("%s sent a bad frame: %s", self.node, error)
             return None
         if decoded is None:
+            return None
+        if isinstance(decoded, Need):
+            if decoded is Need.RESUME:
+                self._link.send(stream.resume())
+            else:
+                self._live = True
+                self._resumes += 1
+                for again in stream.repeat():
+                    self._link.send(again)
             return None
         header, frame = decoded
         if header.span == span:

@@ -1,4 +1,4 @@
-"""Frames to bytes and back: msgpack arrays `[version, kind, seq, trace, span, clock_ns, *fields]`.
+"""Frames to bytes and back: msgpack arrays `[version, kind, seq, ack, trace, span, clock_ns, *fields]`.
 
 Whatever arrives, decode returns a frame or raises BadFrame. Types are checked field by field against the
 structs; what the values mean is the receiver's to judge.
@@ -14,7 +14,7 @@ import msgpack
 
 from bus.frames import KIND_OF, PROTOCOL_VERSION, TABLE, Frame, Header, PostedWrite
 
-HEADER_ITEMS = 6  # version, kind, seq, trace, span, clock_ns
+HEADER_ITEMS = 7  # version, kind, seq, ack, trace, span, clock_ns
 WORD_LIMIT = 1 << 64
 
 
@@ -26,10 +26,10 @@ class BadFrame(ValueError):
         self.header = header
 
 
-def encode(frame: Frame, seq: int, trace: int, span: int, clock_ns: int) -> bytes:
+def encode(frame: Frame, seq: int, ack: int, trace: int, span: int, clock_ns: int) -> bytes:
     cls = type(frame)
     packed: bytes = msgpack.packb(
-        (PROTOCOL_VERSION, KIND_OF[cls], seq, trace, span, clock_ns, *_VALUES_OF[cls](frame))
+        (PROTOCOL_VERSION, KIND_OF[cls], seq, ack, trace, span, clock_ns, *_VALUES_OF[cls](frame))
     )
     return packed
 
@@ -41,12 +41,12 @@ def decode(data: bytes) -> tuple[Header, Frame]:
         raise BadFrame(f"not msgpack: {error or type(error).__name__}") from error
     if not isinstance(items, list) or len(items) < HEADER_ITEMS:
         raise BadFrame("not an array with a header")
-    version, kind, seq, trace, span, clock_ns = items[:HEADER_ITEMS]
+    version, kind, seq, ack, trace, span, clock_ns = items[:HEADER_ITEMS]
     if version != PROTOCOL_VERSION:
         raise BadFrame(f"protocol version {version!r}, this is {PROTOCOL_VERSION}")
-    if not (_is_int(seq) and _is_int(trace) and _is_int(span) and _is_int(clock_ns)):
+    if not (_is_int(seq) and _is_int(ack) and _is_int(trace) and _is_int(span) and _is_int(clock_ns)):
         raise BadFrame("header fields are not unsigned 64-bit integers")
-    header = Header(seq, trace, span, clock_ns)
+    header = Header(seq, ack, trace, span, clock_ns)
     reader = _READERS.get(kind) if _is_int(kind) else None
     if reader is None:
         raise BadFrame(f"unknown kind {kind!r}", header)

@@ -53,7 +53,7 @@ class Counters:
     frames_in: int = 0
     frames_out: int = 0
     bad_frames: int = 0  # unknown version or kind, wrong shape
-    lost: int = 0  # gaps in a stream's sequence numbers
+    lost: int = 0  # frames dropped because one before them was missing; they come again
     duplicated: int = 0  # frames dropped because their number had been seen
     unroutable: int = 0  # replies whose asker is gone
     latency: Histogram = field(default_factory=Histogram)

@@ -6,7 +6,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from bus import asking, endpoint, io, link, mirror
+from bus import asking, endpoint, io, mirror, stream
 from bus.frames import PROTOCOL_VERSION, TABLE, Frame, Header, PostedWrite
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "bus-protocol.md"
@@ -46,8 +46,11 @@ def page() -> str:
 RULES = f"""\
 - Every node binds one ROUTER at `ipc://<run directory>/<node>.ipc`; who asks connects a DEALER whose
   identity is its own node name (the CPU thread's sockets: `<node>.io`).
-- `seq` counts 1, 2, 3, ... per sender and receiver. A gap is counted as lost frames, a number seen before
-  is a duplicate: counted and dropped. A 1 begins anew: the sender has been restarted.
+- `seq` counts 1, 2, 3, ... per sender and receiver, however often either is restarted. The sender retains a frame
+  until it is acknowledged. A number seen before is a duplicate, one that is too high follows a gap: both are counted
+  and dropped, and a gap is answered by Resume. A DEALER's first message of each connection is empty; the ROUTER's
+  side answers with Resume and with what it retains. An Ack is sent when {stream.ACK_EVERY} frames came with nothing
+  sent back.
 - An answer carries the `trace` and `span` of its request. A frame caused by another carries its `trace` and a
   `span` of its own. The writes of a PostedBatch are the spans `span`, `span + 1`, ..., those that a Read
   carries `span + 1`, `span + 2`, ...
@@ -59,13 +62,15 @@ RULES = f"""\
 - Posted writes: sent before any synchronous access of the same CPU, at HLT, when {asking.BATCH_WRITES} are
   waiting, when the oldest is {asking.BATCH_AGE_NS // 1_000_000} ms old, and at once for registers declared
   prompt. A string access carries up to {io.STRING_BYTES // 1024} KiB.
-- At most {link.HIGH_WATER} frames wait per direction and pair; then the sender waits.
+- At most {stream.WINDOW} frames are under way per direction and pair; a CPU waits then, a device goes on, and its
+  frames wait.
 - A node that ends lets frames leave for up to {endpoint.LINGER_MS} ms."""
 
 
 def _header_table() -> str:
     meaning = {
-        "seq": "number of the frame in the stream from this sender to this receiver",
+        "seq": "number of the frame in the stream from this sender to this receiver, 0 for Ack and Resume",
+        "ack": "number of the last frame of the other direction that the sender has committed",
         "trace": "causal chain, allocated by the originator of an I/O; 0 = none",
         "span": "this step of the chain",
         "clock_ns": "CLOCK_MONOTONIC of the sender when it encoded the frame",

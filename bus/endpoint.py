@@ -20,10 +20,10 @@ from bus.codec import BadFrame
 from bus.counters import Counters
 from bus.frames import Frame, Header, Refused
 from bus.link import dial, make_socket, socket_path
-from bus.stream import Positions, Stream, id_source
+from bus.stream import Need, Plain, Positions, Stream, id_source
 
 FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
-LINGER_MS = 300  # how long close() waits for what was sent to leave
+LINGER_MS = 1000  # how long close() waits for what was sent to leave
 NEVER_NS = 1 << 62
 NAMES = "latin-1"  # any identity survives the round trip, node names are ASCII
 EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # the enumerations cost a microsecond per look
@@ -66,6 +66,7 @@ class Endpoint:
         self._ways: dict[int, tuple[str | None, zmq.Socket[bytes]]] = {}  # by descriptor; None: the ROUTER
         self._fd_of: dict[str | None, int] = {}
         self._suspects: set[int] = set()  # descriptors of sockets that may hold frames
+        self._live: set[str] = set()  # peers that have answered our connection
 
     def bind(self) -> None:
         """Make this node reachable. A socket file left by a killed process of the same name is replaced."""
@@ -88,10 +89,14 @@ class Endpoint:
         self._watch(peer, dealer)
 
     def send(self, peer: str, frame: Frame, trace: int = 0) -> int:
-        """Send to a connected peer; returns the frame's span. A trace of 0 begins a new one."""
+        """Send to a connected peer; returns the frame's span. A trace of 0 begins a new one.
+
+        Never waits: what the peer can't take now is sent when it can.
+        """
         span = next(self.ids)
-        self._dealers[peer].send(self._asking[peer].encode(frame, trace or span, span))
-        self._suspects.add(self._fd_of[peer])
+        data = self._asking[peer].encode(frame, trace or span, span)
+        if data is not None and peer in self._live:  # else it goes when the peer says Resume
+            self._to_dealer(peer, data)
         return span
 
     def reply(self, to: Received, frame: Frame) -> None:
@@ -152,6 +157,7 @@ class Endpoint:
                 received = self._from_router(socket) if peer is None else self._from_dealer(peer, socket)
                 if received is not None:
                     yield received
+                    self._acknowledge(received)  # by now it is dealt with
 
     def positions(self) -> Positions:
         """Of all connections, those made by others and ours."""
@@ -162,8 +168,27 @@ class Endpoint:
     def stats(self) -> dict[str, Any]:
         return self.counters.to_plain()
 
+    def to_plain(self) -> tuple[dict[bytes, Plain], dict[str, Plain]]:
+        """All streams, by who sends to us and by whom we connected to: what a new process of this node loads."""
+        return (
+            {identity: stream.to_plain() for identity, stream in self._asked.items()},
+            {peer: stream.to_plain() for peer, stream in self._asking.items()},
+        )
+
+    def load(self, plain: Any) -> None:
+        """Go on where an earlier process of this node was. After connect(), before anything is sent."""
+        asked, asking = plain
+        for identity, saved in asked.items():
+            stream = self._asked[identity] = Stream(self.counters, self.now_ns)
+            stream.load(saved)
+        for peer, saved in asking.items():
+            if peer in self._asking:
+                self._asking[peer].load(saved)
+
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Let what was sent leave, for up to `linger_ms` per socket, and remove the socket file."""
+        if linger_ms:
+            self._wait_until_sent(self.now_ns() + 1_000_000 * linger_ms)
         for dealer in self._dealers.values():
             dealer.close(linger=linger_ms)
         if self._router is not None:
@@ -171,6 +196,16 @@ class Endpoint:
             with contextlib.suppress(FileNotFoundError):
                 socket_path(self.run_dir, self.node).unlink()
         self._context.term()
+
+    def _wait_until_sent(self, until_ns: int) -> None:
+        """Frames for a peer whose connection is not made yet wait for it, and those beyond a window for room."""
+        while (left_ns := until_ns - self.now_ns()) > 0:
+            streams = self._asking.items()
+            if all(not s.unacknowledged or (peer in self._live and not s.full) for peer, s in streams):
+                return
+            self.wait(min(left_ns, 10_000_000))
+            for _ in self.receive():
+                pass
 
     def __enter__(self) -> Endpoint:
         return self
@@ -189,36 +224,78 @@ class Endpoint:
         stream = self._asked.get(identity)
         if stream is None:
             stream = self._asked[identity] = Stream(self.counters, self.now_ns)
+        if parts == [b""]:  # it has connected
+            stream.connected()
+            self._to_router(identity, stream.resume())
+            for data in stream.repeat():
+                self._to_router(identity, data)
+            return None
         try:
             decoded = stream.decode(parts[0] if len(parts) == 1 else b"")
         except BadFrame as error:
-            header = error.header or Header(0, 0, 0, 0)
+            header = error.header or Header(0, 0, 0, 0, 0)
             self._answer(identity, Refused(str(error)), header.trace, header.span)
             return None
+        for data in stream.take_waiting():
+            self._to_router(identity, data)
         if decoded is None:
+            return None
+        if isinstance(decoded, Need):
+            for data in stream.repeat() if decoded is Need.REPEAT else (stream.resume(),):
+                self._to_router(identity, data)
             return None
         header, frame = decoded
         self.counters.latency.add(self.now_ns() - header.clock_ns)
         return Received(identity.decode(NAMES), header, frame, asked=True)
 
     def _from_dealer(self, peer: str, dealer: zmq.Socket[bytes]) -> Received | None:
-        parts = dealer.recv_multipart()
+        parts, stream = dealer.recv_multipart(), self._asking[peer]
         try:
-            decoded = self._asking[peer].decode(parts[0] if len(parts) == 1 else b"")
+            decoded = stream.decode(parts[0] if len(parts) == 1 else b"")
         except BadFrame:
             return None  # counted; an answer gets no answer
-        return None if decoded is None else Received(peer, *decoded, asked=False)
+        for data in stream.take_waiting():
+            self._to_dealer(peer, data)
+        if decoded is None:
+            return None
+        if isinstance(decoded, Need):
+            if decoded is Need.REPEAT:
+                self._live.add(peer)
+            for data in stream.repeat() if decoded is Need.REPEAT else (stream.resume(),):
+                self._to_dealer(peer, data)
+            return None
+        return Received(peer, *decoded, asked=False)
+
+    def _acknowledge(self, received: Received) -> None:
+        if received.asked:
+            identity = received.peer.encode(NAMES)
+            data = self._asked[identity].acknowledgement()
+            if data is not None:
+                self._to_router(identity, data)
+        elif (data := self._asking[received.peer].acknowledgement()) is not None:
+            self._to_dealer(received.peer, data)
 
     def _answer(self, identity: bytes, frame: Frame, trace: int, span: int) -> None:
-        assert self._router is not None
         data = self._asked[identity].encode(frame, trace, span)
+        if data is not None and not self._to_router(identity, data):
+            self.counters.unroutable += 1
+
+    def _to_dealer(self, peer: str, data: bytes) -> None:
+        self._suspects.add(self._fd_of[peer])
+        with contextlib.suppress(zmq.Again):  # not connected: it will say Resume
+            self._dealers[peer].send(data, zmq.DONTWAIT)
+
+    def _to_router(self, identity: bytes, data: bytes) -> bool:
+        """Send to whoever connected under this name; False when it is not connected now."""
+        assert self._router is not None
         self._suspects.add(self._fd_of[None])
         try:
-            self._router.send_multipart((identity, data))
+            self._router.send_multipart((identity, data), zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self.counters.unroutable += 1
+            return False
+        return True
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:

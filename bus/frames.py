@@ -1,6 +1,6 @@
 """Every message that travels on the bus: one frozen struct each, numbered in one table.
 
-On the wire a frame is a msgpack array `[version, kind, seq, trace, span, clock_ns, *fields]`
+On the wire a frame is a msgpack array `[version, kind, seq, ack, trace, span, clock_ns, *fields]`
 (bus/codec.py). docs/bus-protocol.md is generated from this file; the first line of each docstring
 goes there. Left out: DMA as messages (it comes with devices on another host), injection frames.
 
@@ -17,14 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 Direction = Literal["one-way", "request", "reply"]
 
 
 class Header(NamedTuple):
-    """What every frame carries besides its fields. All four are 64-bit and unsigned."""
+    """What every frame carries besides its fields. All five are 64-bit and unsigned."""
 
-    seq: int  # 1, 2, 3, ... per (sender, receiver) stream
+    seq: int  # 1, 2, 3, ... per (sender, receiver) stream; 0 for Ack and Resume, which are in none
+    ack: int  # the last frame of the other direction that the sender has committed
     trace: int  # the causal chain, allocated by the originator of an I/O; 0 = none
     span: int  # this step of the chain
     clock_ns: int  # CLOCK_MONOTONIC of the sender when it encoded the frame
@@ -249,6 +250,20 @@ class Event(Frame, frozen=True):
     data: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
+class Ack(Frame, frozen=True):
+    """Nothing but the `ack` of its header, where no other frame goes that way."""
+
+
+class Resume(Frame, frozen=True):
+    """Send again what you retain from `ack` + 1 on: the answer to a connection, and to a gap."""
+
+
+class Attend(Frame, frozen=True):
+    """A new process is `node` from now on: see what it says on the CPU thread's own sockets. Launcher -> CPU node."""
+
+    node: str
+
+
 class Refused(Frame, frozen=True):
     """The answer to a frame that is malformed or can't be served; `reason` is one line."""
 
@@ -291,5 +306,8 @@ TABLE: dict[int, tuple[type[Frame], Direction]] = {
     65: (PauseReply, "reply"),
     66: (Continue, "request"),
     67: (ContinueReply, "reply"),
+    47: (Ack, "one-way"),
+    48: (Resume, "one-way"),
+    49: (Attend, "one-way"),
 }
 KIND_OF: dict[type[Frame], int] = {cls: kind for kind, (cls, _) in TABLE.items()}

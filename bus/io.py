@@ -27,6 +27,7 @@ from bus.stream import Positions
 
 __all__ = ["AccessRefused", "DeviceGone", "IoClient", "OnLate", "OnOpenBus"]
 
+CLOSE_NS = 300_000_000  # for what was sent before the devices were connected
 STRING_BYTES = 1 << 16  # longer strings travel in several messages
 
 
@@ -151,6 +152,10 @@ class IoClient:
         """Of the connections to all devices."""
         return {f"{self._name}>{node}": target.positions() for node, target in self._targets.items()}
 
+    def attend(self, node: str) -> bool:
+        """A new process is this device: repeat what it has not committed; False until it has asked for it."""
+        return self._targets[node].attend()
+
     def stats(self) -> dict[str, Any]:
         asking = self._asking
         return {
@@ -164,7 +169,8 @@ class IoClient:
     def close(self) -> None:
         """Send what is pending and close the sockets."""
         self.flush()
+        until_ns = self._asking.now_ns() + CLOSE_NS
         for target in self._targets.values():
-            target.close()
+            target.close(until_ns)
         if self._context is not None:
             self._context.term()

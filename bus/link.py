@@ -6,14 +6,15 @@ whose identity is the asker's name. Left out: tcp:// with CURVE keys (devices on
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
 
-HIGH_WATER = 1000  # frames waiting on one way; then the sender waits: a device that lags slows its askers
-RECONNECT_MS = 5  # a node's socket that doesn't exist yet is tried again after this, backing off to
-RECONNECT_MAX_MS = 100
+HIGH_WATER = 1000  # frames waiting on one way; a Stream has never as many under way
+RECONNECT_MS = 1  # a node's socket that isn't there is tried again after this, backing off to
+RECONNECT_MAX_MS = 16
 PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes with the final 0
 
 
@@ -41,8 +42,13 @@ def make_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
 
 
 def dial(context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: str) -> zmq.Socket[bytes]:
-    """A DEALER connected to `peer`, which need not be there yet."""
+    """A DEALER connected to `peer`, which need not be there yet.
+
+    It takes no frame while it is not connected; at each connection the peer gets an empty message first.
+    """
     socket = make_socket(context, zmq.DEALER)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.PROBE_ROUTER, 1)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
     socket.connect(f"ipc://{socket_path(run_dir, peer)}")
     return socket
@@ -51,8 +57,8 @@ def dial(context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: st
 class Link(Protocol):
     """The asking side of a pair of nodes, for one thread."""
 
-    def send(self, data: bytes, timeout_ms: int) -> bool:
-        """Send; False, and nothing sent, when the peer is HIGH_WATER frames behind and stays so."""
+    def send(self, data: bytes) -> None:
+        """Send, or drop where there is no connection: bus/stream.py repeats it."""
 
     def receive(self, timeout_ms: int) -> bytes | None:
         """The next frame from the peer; None when none came in time (0 = only look)."""
@@ -69,20 +75,9 @@ class ZmqLink:
         self._socket = dial(context, run_dir, identity, peer)
         self._timeout_ms = -1
 
-    def send(self, data: bytes, timeout_ms: int) -> bool:
-        try:
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(zmq.Again):
             self._socket.send(data, zmq.DONTWAIT)
-        except zmq.Again:
-            return self._send_blocking(data, timeout_ms)
-        return True
-
-    def _send_blocking(self, data: bytes, timeout_ms: int) -> bool:
-        self._socket.setsockopt(zmq.SNDTIMEO, timeout_ms)
-        try:
-            self._socket.send(data)
-        except zmq.Again:
-            return False
-        return True
 
     def receive(self, timeout_ms: int) -> bytes | None:
         try:

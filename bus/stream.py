@@ -1,14 +1,43 @@
-"""One direction pair between two nodes: numbers what goes out, checks the numbers of what comes in."""
+"""The protocol by which no frame is lost, doubled or reordered, whatever process ends: one Stream per pair of nodes.
+
+A state machine without sockets or clocks; who uses it carries its frames. docs/live-swap.md has its rules and
+invariants, tests/bus/test_protocol.py explores them.
+
+- Who sends numbers its frames from 1 and retains each until the other side acknowledges it. Every frame carries
+  `ack`: the highest number that its sender has committed of the other direction.
+- Who receives takes the next number only. A lower one is a duplicate. A higher one is a gap: dropped, and answered
+  by Resume. Ack and Resume have number 0: they are in no stream, and repeating them harms nothing.
+- When the two are connected (anew), the bound side says Resume, and repeats what it retains; Resume makes the other
+  side repeat what it retains.
+- No more than WINDOW frames are under way; what comes after them waits among the retained.
+- `to_plain` is what must survive a process: a node that commits it together with its state, before any frame that
+  the state caused is sent, may end at any point and be started again.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from enum import Enum, auto
 from itertools import count
+from typing import Any
 from zlib import crc32
 
 from bus.codec import BadFrame, decode, encode
 from bus.counters import Counters
-from bus.frames import Frame, Header
+from bus.frames import Ack, Frame, Header, Resume
+
+WINDOW = 400  # frames under way; below HIGH_WATER, so that a socket that is connected takes them all
+ACK_EVERY = 32  # frames received without any sent back, then an Ack is due
+
+Plain = tuple[int, int, int, list[bytes]]  # sent, acked, seen, retained
+
+
+class Need(Enum):
+    """What a frame that came asks of the transport."""
+
+    REPEAT = auto()  # send repeat(): the other side has said Resume
+    RESUME = auto()  # send resume(): a frame is missing
 
 Positions = dict[str, tuple[int, int]]  # by connection ("who>whom"): last frames sent and taken, by number
 
@@ -16,25 +45,77 @@ Positions = dict[str, tuple[int, int]]  # by connection ("who>whom"): last frame
 class Stream:
     """Frames to and from one peer. The counters belong to the endpoint."""
 
-    __slots__ = ("_counters", "_now_ns", "_seen", "_sent")
+    __slots__ = ("_acked", "_counters", "_gap", "_now_ns", "_retained", "_sent", "_told", "_under_way", "seen")
 
     def __init__(self, counters: Counters, now_ns: Callable[[], int]) -> None:
         self._counters = counters
         self._now_ns = now_ns
-        self._sent = 0
-        self._seen = 0
+        self._sent = 0  # number of the last frame encoded
+        self._acked = 0  # the other side has committed all up to this
+        self._retained: deque[bytes] = deque()  # those after _acked, the last is _sent
+        self._under_way = 0  # how many of the retained the transport was given
+        self.seen = 0  # number of the last frame taken
+        self._told = 0  # the last `ack` sent
+        self._gap = False  # Resume was said, and the frame that it asks for has not come
 
     def positions(self) -> tuple[int, int]:
         """Numbers of the last frames sent and taken."""
-        return self._sent, self._seen
+        return self._sent, self.seen
 
-    def encode(self, frame: Frame, trace: int, span: int) -> bytes:
+    # --- sending
+
+    def encode(self, frame: Frame, trace: int, span: int) -> bytes | None:
+        """Number and retain a frame; the bytes to send, None while the window is full: see take_waiting."""
         self._sent += 1
         self._counters.frames_out += 1
-        return encode(frame, self._sent, trace, span, self._now_ns())
+        self._told = self.seen
+        data = encode(frame, self._sent, self.seen, trace, span, self._now_ns())
+        self._retained.append(data)
+        if self._under_way >= WINDOW:
+            return None
+        self._under_way += 1
+        return data
 
-    def decode(self, data: bytes) -> tuple[Header, Frame] | None:
-        """The frame; None if it is a duplicate, which is dropped. Raises BadFrame. Both are counted."""
+    def take_waiting(self) -> Iterator[bytes]:
+        """What the window kept back and now has room for, to be sent."""
+        while self._under_way < min(WINDOW, len(self._retained)):
+            self._under_way += 1
+            yield self._retained[self._under_way - 1]
+
+    def repeat(self) -> Iterator[bytes]:
+        """What is retained, from the oldest on, as far as the window goes; to be sent (again)."""
+        self._under_way = 0
+        yield from self.take_waiting()
+
+    @property
+    def full(self) -> bool:
+        """The next frame would have to wait for the window."""
+        return self._under_way >= WINDOW
+
+    @property
+    def unacknowledged(self) -> int:
+        """Frames that the other side has not said to have committed."""
+        return len(self._retained)
+
+    def resume(self) -> bytes:
+        """Resume, encoded: say where the other side's frames are expected from."""
+        self._told = self.seen
+        return encode(Resume(), 0, self.seen, 0, 0, self._now_ns())
+
+    def acknowledgement(self) -> bytes | None:
+        """An Ack, encoded, if one is due: ACK_EVERY frames came with nothing sent back."""
+        if self.seen - self._told < ACK_EVERY:
+            return None
+        self._told = self.seen
+        return encode(Ack(), 0, self.seen, 0, 0, self._now_ns())
+
+    # --- receiving
+
+    def decode(self, data: bytes) -> tuple[Header, Frame] | Need | None:
+        """The frame if it is the next one; None where nothing is left to be done.
+
+        Raises BadFrame. What is dropped, and what is malformed, is counted.
+        """
         counters = self._counters
         counters.frames_in += 1
         try:
@@ -42,24 +123,53 @@ class Stream:
         except BadFrame as error:
             counters.bad_frames += 1
             if error.header is not None:
-                self._fresh(error.header.seq)
+                self._judge(error.header.seq)
             raise
-        return (header, frame) if self._fresh(header.seq) else None
+        self._acknowledged(header.ack)
+        if header.seq == 0:
+            return Need.REPEAT if type(frame) is Resume else None
+        if self._judge(header.seq):
+            return header, frame
+        if header.seq > self.seen and not self._gap:
+            self._gap = True
+            return Need.RESUME
+        return None
 
-    def _fresh(self, seq: int) -> bool:
-        expected = self._seen + 1
-        if seq == expected:
-            self._seen = seq
+    def _judge(self, seq: int) -> bool:
+        """Is it the next one?"""
+        if seq == self.seen + 1:
+            self.seen = seq
+            self._gap = False
             return True
-        if seq == 1:  # the peer has started anew
-            self._seen = 1
-            return True
-        if seq < expected:
+        if 0 < seq <= self.seen:
             self._counters.duplicated += 1
-            return False
-        self._counters.lost += seq - expected
-        self._seen = seq
-        return True
+        elif seq:
+            self._counters.lost += 1
+        return False
+
+    def connected(self) -> None:
+        """The other side has connected (anew): what it sent before may be lost."""
+        self._gap = False
+
+    def _acknowledged(self, ack: int) -> None:
+        if self._acked < ack <= self._sent:
+            for _ in range(ack - self._acked):
+                self._retained.popleft()
+            self._under_way = max(0, self._under_way - (ack - self._acked))
+            self._acked = ack
+
+    # --- surviving
+
+    def to_plain(self) -> Plain:
+        return self._sent, self._acked, self.seen, list(self._retained)
+
+    def load(self, plain: Plain | list[Any]) -> None:
+        """Go on where a Stream of an earlier process was; everything retained counts as not sent yet."""
+        self._sent, self._acked, self.seen, retained = plain
+        self._retained = deque(retained)
+        self._under_way = 0
+        self._told = 0
+        self._gap = False
 
 
 def id_source(node: str, now_ns: int) -> Iterator[int]:

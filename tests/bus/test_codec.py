@@ -41,9 +41,9 @@ def frames() -> st.SearchStrategy[Frame]:
     return st.one_of([of(cls) for cls, _ in TABLE.values()])
 
 
-@given(frame=frames(), seq=WORD, trace=WORD, span=WORD, clock=WORD)
-def test_a_frame_survives_the_wire(frame: Frame, seq: int, trace: int, span: int, clock: int) -> None:
-    assert decode(encode(frame, seq, trace, span, clock)) == (Header(seq, trace, span, clock), frame)
+@given(frame=frames(), seq=WORD, ack=WORD, trace=WORD, span=WORD, clock=WORD)
+def test_a_frame_survives_the_wire(frame: Frame, seq: int, ack: int, trace: int, span: int, clock: int) -> None:
+    assert decode(encode(frame, seq, ack, trace, span, clock)) == (Header(seq, ack, trace, span, clock), frame)
 
 
 @given(data=st.binary(max_size=60))
@@ -60,7 +60,7 @@ def test_any_msgpack_array_is_a_frame_or_a_bad_frame(items: list[Any]) -> None:
 
 @given(frame=frames(), cut=st.integers(0, 200))
 def test_a_cut_frame_is_a_bad_frame(frame: Frame, cut: int) -> None:
-    data = encode(frame, 1, 2, 3, 4)
+    data = encode(frame, 1, 2, 3, 4, 5)
     if cut < len(data):
         with pytest.raises(BadFrame):
             decode(data[:cut])
@@ -69,16 +69,16 @@ def test_a_cut_frame_is_a_bad_frame(frame: Frame, cut: int) -> None:
 @pytest.mark.parametrize(
     ("items", "words"),
     [
-        ([PROTOCOL_VERSION + 1, 1, 1, 0, 0, 0, "r", 0, 1], "protocol version"),
-        ([PROTOCOL_VERSION, 999, 1, 0, 0, 0], "unknown kind"),
-        ([PROTOCOL_VERSION, "1", 1, 0, 0, 0], "unknown kind"),
-        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, "r", 0], "4 fields"),
-        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, "r", -1, 1, []], "unsigned"),
-        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, "r", True, 1, []], "unsigned"),
-        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, 7, 0, 1, []], "no str"),
-        ([PROTOCOL_VERSION, 5, 1, 0, 0, 0, [["r", 0, 1]]], "no write"),
-        ([PROTOCOL_VERSION, 16, 1, 0, 0, 0, 4, 1, "uart0.intr"], "no bool"),
-        ([PROTOCOL_VERSION, 1, -1, 0, 0, 0, "r", 0, 1], "header"),
+        ([PROTOCOL_VERSION + 1, 1, 1, 0, 0, 0, 0, "r", 0, 1], "protocol version"),
+        ([PROTOCOL_VERSION, 999, 1, 0, 0, 0, 0], "unknown kind"),
+        ([PROTOCOL_VERSION, "1", 1, 0, 0, 0, 0], "unknown kind"),
+        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, 0, "r", 0], "4 fields"),
+        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, 0, "r", -1, 1, []], "unsigned"),
+        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, 0, "r", True, 1, []], "unsigned"),
+        ([PROTOCOL_VERSION, 1, 1, 0, 0, 0, 0, 7, 0, 1, []], "no str"),
+        ([PROTOCOL_VERSION, 5, 1, 0, 0, 0, 0, [["r", 0, 1]]], "no write"),
+        ([PROTOCOL_VERSION, 16, 1, 0, 0, 0, 0, 4, 1, "uart0.intr"], "no bool"),
+        ([PROTOCOL_VERSION, 1, -1, 0, 0, 0, 0, "r", 0, 1], "header"),
         ([PROTOCOL_VERSION], "header"),
     ],
 )
@@ -89,8 +89,8 @@ def test_refusals_say_why(items: list[Any], words: str) -> None:
 
 def test_a_bad_frame_with_a_good_header_keeps_it_for_the_answer() -> None:
     with pytest.raises(BadFrame) as caught:
-        decode(msgpack.packb([PROTOCOL_VERSION, 999, 5, 6, 7, 8]))
-    assert caught.value.header == Header(5, 6, 7, 8)
+        decode(msgpack.packb([PROTOCOL_VERSION, 999, 5, 6, 7, 8, 9]))
+    assert caught.value.header == Header(5, 6, 7, 8, 9)
 
 
 def test_ids_are_one_to_one_and_every_message_is_in_the_table() -> None:

@@ -15,6 +15,7 @@ import zmq
 from bus.addressmap import AddressMap
 from bus.endpoint import Endpoint, NoReply, Received, RequestRefused
 from bus.frames import (
+    KIND_OF,
     PROTOCOL_VERSION,
     Event,
     Frame,
@@ -25,11 +26,13 @@ from bus.frames import (
     Read,
     ReadReply,
     Refused,
+    Resume,
     Stats,
 )
 from bus.io import DeviceGone, IoClient
-from bus.link import HIGH_WATER, PATH_MAX, BadRunDir, dial, socket_path
+from bus.link import PATH_MAX, BadRunDir, dial, socket_path
 from bus.ranges import PortRange
+from bus.stream import WINDOW
 
 LONG_NS = 240_000_000_000  # a bound on hanging, not an expectation
 
@@ -39,13 +42,16 @@ def run_dir(short_path: Path) -> Path:
     return short_path
 
 
-def collect(endpoint: Endpoint, n: int) -> list[Received]:
-    """Wait for n frames."""
+def collect(endpoint: Endpoint, n: int, *senders: Endpoint) -> list[Received]:
+    """Wait for n frames; senders hear meanwhile that they are connected."""
     got: list[Received] = []
     deadline = time.monotonic() + LONG_NS / 1e9
     while len(got) < n and time.monotonic() < deadline:
-        endpoint.wait(1_000_000_000)
+        endpoint.wait(5_000_000 if senders else 1_000_000_000)
         got += endpoint.receive()
+        for sender in senders:
+            sender.wait(0)
+            assert list(sender.receive()) == []
     return got
 
 
@@ -83,7 +89,7 @@ def test_one_way_frames_arrive_in_order_with_sender_trace_and_clock(run_dir: Pat
         before = time.monotonic_ns()
         for i in range(200):
             a.send("pic", Line(4, bool(i & 1), "uart0.intr"), trace=7)
-        got = collect(b, 200)
+        got = collect(b, 200, a)
     assert [r.frame for r in got] == [Line(4, bool(i & 1), "uart0.intr") for i in range(200)]
     assert [r.header.seq for r in got] == list(range(1, 201))
     assert {r.header.trace for r in got} == {7}
@@ -101,7 +107,7 @@ def test_sending_before_the_peer_exists(run_dir: Path) -> None:
         a.send("late", Event("log", "early"))
         with Endpoint(run_dir, "late") as late:
             late.bind()
-            assert [r.frame for r in collect(late, 1)] == [Event("log", "early")]
+            assert [r.frame for r in collect(late, 1, a)] == [Event("log", "early")]
 
 
 def test_a_new_trace_begins_when_none_is_given(run_dir: Path) -> None:
@@ -109,7 +115,7 @@ def test_a_new_trace_begins_when_none_is_given(run_dir: Path) -> None:
         b.bind()
         a.connect("b")
         span = a.send("b", Ping())
-        (received,) = collect(b, 1)
+        (received,) = collect(b, 1, a)
         assert (received.header.trace, received.header.span) == (span, span)
 
 
@@ -140,7 +146,7 @@ def test_a_late_answer_does_not_answer_the_next_request(run_dir: Path) -> None:
         a.connect("b")
         with pytest.raises(NoReply):
             a.request("b", Read("late", 0, 1), 1_000_000)
-        (late,) = collect(b, 1)
+        (late,) = collect(b, 1, a)
         b.reply(late, ReadReply(1))
 
         def answer_next() -> None:
@@ -158,7 +164,7 @@ def test_answers_to_sent_frames_come_out_of_receive(run_dir: Path) -> None:
         b.bind()
         a.connect("b")
         span = a.send("b", Ping())
-        (received,) = collect(b, 1)
+        (received,) = collect(b, 1, a)
         b.reply(received, Pong())
         (answer,) = collect(a, 1)
         assert (answer.peer, answer.frame, answer.header.span, answer.asked) == ("b", Pong(), span, False)
@@ -167,13 +173,12 @@ def test_answers_to_sent_frames_come_out_of_receive(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "parts",
     [
-        [b""],
         [b"\xc1"],
         [b"junk" * 100],
         [b"a", b"b"],
-        [msgpack.packb([PROTOCOL_VERSION + 1, 32, 1, 0, 0, 0])],
-        [msgpack.packb([PROTOCOL_VERSION, 999, 1, 0, 0, 0])],
-        [msgpack.packb([PROTOCOL_VERSION, 1, 1, 0, 0, 0])],
+        [msgpack.packb([PROTOCOL_VERSION + 1, 32, 1, 0, 0, 0, 0])],
+        [msgpack.packb([PROTOCOL_VERSION, 999, 1, 0, 0, 0, 0])],
+        [msgpack.packb([PROTOCOL_VERSION, 1, 1, 0, 0, 0, 0])],
     ],
 )
 def test_what_is_no_frame_is_refused_and_counted_and_the_endpoint_lives(
@@ -183,10 +188,10 @@ def test_what_is_no_frame_is_refused_and_counted_and_the_endpoint_lives(
     raw = dial(context, run_dir, "stranger", "dev")
     server = Server(run_dir, "dev", lambda frame: Pong())
     try:
-        raw.send_multipart(parts)
         raw.setsockopt(zmq.RCVTIMEO, 20_000)
-        answer = msgpack.unpackb(raw.recv())
-        assert answer[1] == 44  # Refused
+        assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Resume]
+        raw.send_multipart(parts)
+        assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Refused]
         with Endpoint(run_dir, "a") as a:
             a.connect("dev")
             assert a.request("dev", Ping(), LONG_NS) == Pong()
@@ -203,7 +208,7 @@ def test_an_answer_to_someone_who_left_is_counted(run_dir: Path) -> None:
         with Endpoint(run_dir, "a") as a:
             a.connect("b")
             a.send("b", Ping())
-            (received,) = collect(b, 1)
+            (received,) = collect(b, 1, a)
         deadline = time.monotonic() + LONG_NS / 1e9
         while not b.counters.unroutable and time.monotonic() < deadline:
             b.reply(received, Pong())
@@ -212,14 +217,19 @@ def test_an_answer_to_someone_who_left_is_counted(run_dir: Path) -> None:
 
 
 def test_what_was_sent_before_close_arrives(run_dir: Path) -> None:
-    with Endpoint(run_dir, "b") as b:
-        b.bind()
+    server = Server(run_dir, "b", lambda frame: None)
+    try:
         a = Endpoint(run_dir, "a")
         a.connect("b")
         for i in range(500):
             a.send("b", Event("log", str(i)))
         a.close()
-        assert [r.frame for r in collect(b, 500)] == [Event("log", str(i)) for i in range(500)]
+        deadline = time.monotonic() + LONG_NS / 1e9
+        while len(server.seen) < 500 and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        server.close()
+    assert [r.frame for r in server.seen] == [Event("log", str(i)) for i in range(500)]
 
 
 def test_wait_sees_descriptors_and_is_finer_than_a_millisecond(run_dir: Path) -> None:
@@ -317,15 +327,20 @@ def test_a_device_that_takes_no_more_holds_the_writer_up_and_loses_nothing(run_d
 
         def post_on_and_on() -> None:
             nonlocal posted
-            while posted < 100 * HIGH_WATER:
+            while posted < 100 * WINDOW:
                 io.port_write(0x301, 1, posted & 0xFF)
                 io.flush()
                 posted += 1
 
         with pytest.raises(DeviceGone, match="dev has not answered PostedBatch"):
             post_on_and_on()
-        assert posted >= HIGH_WATER
-        got = [r.frame for r in collect(dev, posted)]
+        assert posted == WINDOW
+        got: list[Frame] = []
+        deadline = time.monotonic() + LONG_NS / 1e9
+        while len(got) < posted and time.monotonic() < deadline:
+            io.attend("dev")
+            dev.wait(1_000_000)
+            got += [r.frame for r in dev.receive()]
         assert got == [PostedBatch((("regs", 1, 1, i & 0xFF),)) for i in range(posted)]
         assert (dev.counters.lost, dev.counters.duplicated) == (0, 0)
         io.close()

@@ -1,4 +1,4 @@
-"""Sequence numbers: losses and duplicates are counted; duplicates are dropped. Latency histogram."""
+"""Streams: what is dropped, counted, retained, repeated and acknowledged. Latency histogram."""
 
 from __future__ import annotations
 
@@ -9,43 +9,119 @@ from hypothesis import strategies as st
 from bus.codec import BadFrame
 from bus.counters import Counters, Histogram
 from bus.frames import Ping
-from bus.stream import Stream, id_source
+from bus.stream import ACK_EVERY, WINDOW, Need, Stream, id_source
 
 
-def wire(n: int) -> list[bytes]:
-    out = Stream(Counters(), lambda: 0)
-    return [out.encode(Ping(), 0, i) for i in range(n)]
+def stream() -> Stream:
+    return Stream(Counters(), lambda: 0)
 
 
-def feed(order: list[int]) -> tuple[list[int], Counters]:
+def wire(out: Stream, n: int) -> list[bytes]:
+    return [data for i in range(n) if (data := out.encode(Ping(), 0, i)) is not None]
+
+
+def feed(order: list[int]) -> tuple[list[int | Need], Counters]:
     counters = Counters()
-    stream, frames = Stream(counters, lambda: 0), wire(max(order) + 1)
-    spans = [decoded[0].span for i in order if (decoded := stream.decode(frames[i])) is not None]
-    return spans, counters
+    into, frames = Stream(counters, lambda: 0), wire(stream(), max(order) + 1)
+    decoded = [into.decode(frames[i]) for i in order]
+    return [d[0].span if isinstance(d, tuple) else d for d in decoded if d is not None], counters
 
 
 @pytest.mark.parametrize(
-    ("order", "spans", "lost", "duplicated"),
+    ("order", "results", "lost", "duplicated"),
     [
         ([0, 1, 2, 3], [0, 1, 2, 3], 0, 0),
-        ([0, 3, 4], [0, 3, 4], 2, 0),
+        ([0, 3, 4], [0, Need.RESUME], 2, 0),  # asked for once
+        ([0, 2, 1, 2], [0, Need.RESUME, 1, 2], 1, 0),
+        ([0, 2, 1, 3], [0, Need.RESUME, 1, Need.RESUME], 2, 0),
         ([0, 1, 1, 2], [0, 1, 2], 0, 1),
         ([0, 1, 2, 1, 3], [0, 1, 2, 3], 0, 1),
-        ([0, 1, 2, 0, 1], [0, 1, 2, 0, 1], 0, 0),  # number 1 again: the peer has started anew
+        ([0, 1, 2, 0, 1], [0, 1, 2], 0, 2),
     ],
 )
-def test_order(order: list[int], spans: list[int], lost: int, duplicated: int) -> None:
+def test_order(order: list[int], results: list[int | Need], lost: int, duplicated: int) -> None:
     seen, counters = feed(order)
-    assert seen == spans
+    assert seen == results
     assert (counters.lost, counters.duplicated) == (lost, duplicated)
     assert counters.frames_in == len(order)
 
 
+def test_a_frame_is_retained_until_any_frame_of_the_other_side_acknowledges_it() -> None:
+    a, b = stream(), stream()
+    for data in wire(a, 3):
+        b.decode(data)
+    assert a.unacknowledged == 3
+    answer = b.encode(Ping(), 0, 7)
+    assert answer is not None
+    a.decode(answer)
+    assert (a.unacknowledged, b.unacknowledged) == (0, 1)
+    assert list(a.repeat()) == []
+
+
+def test_resume_asks_for_what_was_not_taken_and_for_nothing_else() -> None:
+    a, b = stream(), stream()
+    frames = wire(a, 5)
+    for data in frames[:2]:
+        b.decode(data)
+    assert a.decode(b.resume()) is Need.REPEAT
+    assert list(a.repeat()) == frames[2:]
+
+
+def test_an_acknowledgement_is_due_when_nothing_else_went_back() -> None:
+    a, b = stream(), stream()
+    frames = wire(a, 2 * ACK_EVERY)
+    due = 0
+    for data in frames:
+        b.decode(data)
+        if (ack := b.acknowledgement()) is not None:
+            due += 1
+            assert a.decode(ack) is None
+    assert (due, a.unacknowledged) == (2, 0)
+
+
+def test_beyond_the_window_frames_wait_and_go_in_order() -> None:
+    a, b = stream(), stream()
+    under_way = wire(a, WINDOW + 10)
+    assert (len(under_way), a.full) == (WINDOW, True)
+    for data in under_way[:4]:
+        b.decode(data)
+    assert a.decode(b.resume()) is Need.REPEAT
+    again = list(a.repeat())
+    assert (len(again), again[:3]) == (WINDOW, under_way[4:7])
+    for data in again:
+        b.decode(data)
+    a.decode(b.resume())
+    rest = list(a.take_waiting())
+    assert [b.decode(data) is not None for data in rest] == [True] * 6
+    assert b.seen == WINDOW + 10
+
+
+def test_a_stream_goes_on_in_a_new_process() -> None:
+    a, b = stream(), stream()
+    frames = wire(a, 4)
+    b.decode(frames[0])
+    again, taker = stream(), stream()
+    again.load(a.to_plain())
+    taker.load(b.to_plain())
+    assert again.decode(taker.resume()) is Need.REPEAT
+    assert [taker.decode(data) is not None for data in again.repeat()] == [True] * 3
+    more = again.encode(Ping(), 0, 9)
+    assert more is not None
+    assert taker.decode(more) is not None
+
+
+def test_an_acknowledgement_of_what_was_never_sent_is_no_acknowledgement() -> None:
+    a, b = stream(), stream()
+    wire(a, 2)
+    b.seen = 3
+    a.decode(b.resume())
+    assert a.unacknowledged == 2
+
+
 def test_a_bad_frame_is_counted() -> None:
     counters = Counters()
-    stream = Stream(counters, lambda: 0)
     with pytest.raises(BadFrame):
-        stream.decode(b"\xc1")
+        Stream(counters, lambda: 0).decode(b"\xc1")
     assert (counters.bad_frames, counters.frames_in) == (1, 1)
 
 

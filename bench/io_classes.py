@@ -82,7 +82,7 @@ def baseline_us(run_dir: str, cores: tuple[int, int]) -> float:
     context = zmq.Context()
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     dealer.connect(address)
-    frame = encode(Ping(), 1, 1 << 60, 1 << 60, 1 << 50)
+    frame = encode(Ping(), 1, 1, 1 << 60, 1 << 60, 1 << 50)
 
     def round_trip() -> None:
         dealer.send(frame)

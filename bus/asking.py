@@ -78,8 +78,8 @@ class LatchState:
 class Target:
     """One device as the CPU thread sees it."""
 
-    __slots__ = ("_asking", "_link", "_live", "_resumes", "_stream", "batch", "dirty", "last", "latches", "node",
-                 "oldest_ns", "posted")  # fmt: skip
+    __slots__ = ("_asking", "_link", "_live", "_resumes", "_stream", "batch", "dirty", "last", "latches",
+                 "node", "oldest_ns", "posted")  # fmt: skip
 
     def __init__(self, node: str, link: Link, asking: Asking) -> None:
         self.node = node

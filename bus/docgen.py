@@ -46,11 +46,11 @@ def page() -> str:
 RULES = f"""\
 - Every node binds one ROUTER at `ipc://<run directory>/<node>.ipc`; who asks connects a DEALER whose
   identity is its own node name (the CPU thread's sockets: `<node>.io`).
-- `seq` counts 1, 2, 3, ... per sender and receiver, however often either is restarted. The sender retains a frame
-  until it is acknowledged. A number seen before is a duplicate, one that is too high follows a gap: both are counted
-  and dropped, and a gap is answered by Resume. A DEALER's first message of each connection is empty; the ROUTER's
-  side answers with Resume and with what it retains. An Ack is sent when {stream.ACK_EVERY} frames came with nothing
-  sent back.
+- `seq` counts 1, 2, 3, ... per sender and receiver, however often either is restarted. The sender retains a
+  frame until it is acknowledged. A number seen before is a duplicate, one that is too high follows a gap:
+  both are counted and dropped, and a gap is answered by Resume. A DEALER's first message of each connection
+  is empty; the ROUTER's side answers with Resume and with what it retains. An Ack is sent when
+  {stream.ACK_EVERY} frames came with nothing sent back.
 - An answer carries the `trace` and `span` of its request. A frame caused by another carries its `trace` and a
   `span` of its own. The writes of a PostedBatch are the spans `span`, `span + 1`, ..., those that a Read
   carries `span + 1`, `span + 2`, ...
@@ -62,8 +62,8 @@ RULES = f"""\
 - Posted writes: sent before any synchronous access of the same CPU, at HLT, when {asking.BATCH_WRITES} are
   waiting, when the oldest is {asking.BATCH_AGE_NS // 1_000_000} ms old, and at once for registers declared
   prompt. A string access carries up to {io.STRING_BYTES // 1024} KiB.
-- At most {stream.WINDOW} frames are under way per direction and pair; a CPU waits then, a device goes on, and its
-  frames wait.
+- At most {stream.WINDOW} frames are under way per direction and pair; a CPU waits then, a device goes on,
+  and its frames wait.
 - A node that ends lets frames leave for up to {endpoint.LINGER_MS} ms."""
 
 

@@ -88,6 +88,10 @@ class Endpoint:
         self._asking[peer] = Stream(self.counters, self.now_ns)
         self._watch(peer, dealer)
 
+    def has_heard(self, peer: str) -> bool:
+        """Whether a peer that we connected to has answered: before, what is sent to it waits here."""
+        return peer in self._live
+
     def send(self, peer: str, frame: Frame, trace: int = 0) -> int:
         """Send to a connected peer; returns the frame's span. A trace of 0 begins a new one.
 
@@ -169,7 +173,8 @@ class Endpoint:
         return self.counters.to_plain()
 
     def to_plain(self) -> tuple[dict[bytes, Plain], dict[str, Plain]]:
-        """All streams, by who sends to us and by whom we connected to: what a new process of this node loads."""
+        """All streams, by who sends to us and by whom we connected to: what a new process of this node
+        loads."""
         return (
             {identity: stream.to_plain() for identity, stream in self._asked.items()},
             {peer: stream.to_plain() for peer, stream in self._asking.items()},
@@ -198,7 +203,8 @@ class Endpoint:
         self._context.term()
 
     def _wait_until_sent(self, until_ns: int) -> None:
-        """Frames for a peer whose connection is not made yet wait for it, and those beyond a window for room."""
+        """Frames for a peer whose connection is not made yet wait for it, and those beyond a window for
+        room."""
         while (left_ns := until_ns - self.now_ns()) > 0:
             streams = self._asking.items()
             if all(not s.unacknowledged or (peer in self._live and not s.full) for peer, s in streams):

@@ -259,7 +259,8 @@ class Resume(Frame, frozen=True):
 
 
 class Attend(Frame, frozen=True):
-    """A new process is `node` from now on: see what it says on the CPU thread's own sockets. Launcher -> CPU node."""
+    """A new process is `node` from now on: see what it says on the CPU thread's own sockets. Launcher -> CPU
+    node."""
 
     node: str
 

@@ -154,7 +154,8 @@ class IoClient:
 
     def attend(self, node: str) -> bool:
         """A new process is this device: repeat what it has not committed; False until it has asked for it."""
-        return self._targets[node].attend()
+        target = self._targets.get(node)
+        return target is None or target.attend()
 
     def stats(self) -> dict[str, Any]:
         asking = self._asking

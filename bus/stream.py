@@ -1,17 +1,18 @@
-"""The protocol by which no frame is lost, doubled or reordered, whatever process ends: one Stream per pair of nodes.
+"""The protocol by which no frame is lost, doubled or reordered, whatever process ends: one Stream per pair
+of nodes.
 
 A state machine without sockets or clocks; who uses it carries its frames. docs/live-swap.md has its rules and
 invariants, tests/bus/test_protocol.py explores them.
 
-- Who sends numbers its frames from 1 and retains each until the other side acknowledges it. Every frame carries
-  `ack`: the highest number that its sender has committed of the other direction.
-- Who receives takes the next number only. A lower one is a duplicate. A higher one is a gap: dropped, and answered
-  by Resume. Ack and Resume have number 0: they are in no stream, and repeating them harms nothing.
-- When the two are connected (anew), the bound side says Resume, and repeats what it retains; Resume makes the other
-  side repeat what it retains.
+- Who sends numbers its frames from 1 and retains each until the other side acknowledges it. Every frame
+  carries `ack`: the highest number that its sender has committed of the other direction.
+- Who receives takes the next number only. A lower one is a duplicate. A higher one is a gap: dropped, and
+  answered by Resume. Ack and Resume have number 0: they are in no stream, and repeating them harms nothing.
+- When the two are connected (anew), the bound side says Resume, and repeats what it retains; Resume makes
+  the other side repeat what it retains.
 - No more than WINDOW frames are under way; what comes after them waits among the retained.
-- `to_plain` is what must survive a process: a node that commits it together with its state, before any frame that
-  the state caused is sent, may end at any point and be started again.
+- `to_plain` is what must survive a process: a node that commits it together with its state, before any
+  frame that the state caused is sent, may end at any point and be started again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ Positions = dict[str, tuple[int, int]]  # by connection ("who>whom"): last frame
 class Stream:
     """Frames to and from one peer. The counters belong to the endpoint."""
 
-    __slots__ = ("_acked", "_counters", "_gap", "_now_ns", "_retained", "_sent", "_told", "_under_way", "seen")
+    __slots__ = ("_acked", "_counters", "_gap", "_now_ns", "_retained", "_sent", "_told", "_under_way",
+                 "seen")  # fmt: skip
 
     def __init__(self, counters: Counters, now_ns: Callable[[], int]) -> None:
         self._counters = counters
@@ -127,6 +129,7 @@ class Stream:
             raise
         self._acknowledged(header.ack)
         if header.seq == 0:
+            counters.frames_in -= 1  # of the protocol's own
             return Need.REPEAT if type(frame) is Resume else None
         if self._judge(header.seq):
             return header, frame

@@ -30,6 +30,7 @@ from bus.clock import MachineClock
 from bus.endpoint import Endpoint, Received
 from bus.frames import (
     ApicMessage,
+    Attend,
     Continue,
     ContinueReply,
     Event,
@@ -63,6 +64,8 @@ from cpu_node.store import Store, version
 from cpu_node.tlb import HOST_FLAG
 from memory_node.client import attach
 
+ATTEND_NS = 1_000_000  # how often to look at the socket of a device whose process is new,
+ATTENDED_FOR_NS = 1_000_000_000  # and for how long: it may have been heard before we were told
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
 TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment: time from the start on; "cpu": CPU time
 CLOSE_S = 2.0
@@ -147,6 +150,7 @@ class Node:
             from cpu_node.direct import choose  # imports python-ptrace, which takes its time
 
             self.engine.direct = choose.start(self.engine, ram_fd, config.user_mode, config.trap_backend)
+        self._attended: dict[str, int] = {}  # device -> until when
         self._cpu_thread = threading.get_ident()
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
         self._endpoint_stats: dict[str, Any] = {}
@@ -263,6 +267,8 @@ class Node:
         if self._flush_ns is not None and now_ns >= self._flush_ns:
             self._io.flush()
             self._flush_ns = None
+        if self._attended:
+            self._attend(now_ns)
         if self._alarm_ns is not None and now_ns >= self._alarm_ns:
             self._alarm_ns = None  # it has come; the engine sets the next one
         self._armed_ns = None
@@ -282,6 +288,11 @@ class Node:
         try:
             if self._inbox:
                 return
+            if self._attended:
+                self._attend(self.clock())
+            if self._attended:
+                soon_ns = self.clock() + ATTEND_NS
+                deadline_ns = soon_ns if deadline_ns is None else min(deadline_ns, soon_ns)
             timeout = None if deadline_ns is None else self.clock.left_s(deadline_ns)
             if timeout is None or timeout > 0:
                 select.select([self._to_cpu], [], [], timeout)
@@ -311,6 +322,12 @@ class Node:
         what = f"write of {value:#x} to" if is_write else "read of"
         self.engine.report("open-bus", f"{what} {space} {address:#06x}, which nobody owns,", at_next=True)
 
+    def _attend(self, now_ns: int) -> None:
+        """See whether devices whose processes are new have asked for what they have not committed."""
+        for node, until_ns in list(self._attended.items()):
+            if self._io.attend(node) or now_ns >= until_ns:
+                del self._attended[node]
+
     def _flush_soon(self) -> None:
         if self._io.pending:
             self._flush_ns = self.clock() + FLUSH_NS
@@ -321,6 +338,9 @@ class Node:
         first = self._alarm_ns
         if self._flush_ns is not None and (first is None or self._flush_ns < first):
             first = self._flush_ns
+        if self._attended:
+            soon_ns = self.clock() + ATTEND_NS
+            first = soon_ns if first is None else min(first, soon_ns)
         if first is None or (self._armed_ns is not None and self._armed_ns <= first):
             return
         self._armed_ns = first
@@ -347,6 +367,9 @@ class Node:
             case Timing(on=on):
                 self._timing_wanted = on
                 self._answer(received, TimingReply())
+            case Attend(node=node):
+                self._attended[node] = self.clock() + ATTENDED_FOR_NS
+                self._arm()
             case Shutdown():
                 self._ending = engine.stopping = True
                 self._in_reset = self._paused = False

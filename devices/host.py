@@ -75,6 +75,7 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     state: dict[str, Any] | None = None  # of Save, to begin with
     mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
     log_level: str = "warning"
+    fds: dict[str, int] = {}  # descriptors by name, see devices/host.py
 
 
 class Host:

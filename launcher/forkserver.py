@@ -8,10 +8,10 @@ keeps it so: contexts do not survive a fork. Chain of life: the kernel kills thi
 launcher ends, however it ends, and the children when this process ends.
 
 Requests and reports are records (memory_node/wire.py) on a socket pair:
-  {"op": "fork", node, entry, config, title, log}            ->  {"op": "forked", node, pid} + its pidfd
+  {"op": "fork", node, entry, config, title, log, fds} + fds  ->  {"op": "forked", node, pid} + its pidfd
   ... later, unasked                                           ->  {"op": "exited", node, pid, status}
   once, when a module does not import                          ->  {"op": "failed", error}
-The child forked ahead is given its request as it is.
+The child forked ahead is given its request as it is. A child finds descriptors in its config: `fds`, by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +49,7 @@ class ChildSpec:
     title: str
     log: Path
     host_cpus: tuple[int, ...] = ()  # the cores it may run on once it is ready; empty: all
+    fds: Mapping[str, int] = field(default_factory=dict)  # descriptors it is given, at most wire.FDS_MAX
 
 
 @dataclass(slots=True)
@@ -93,9 +94,10 @@ class ForkServer:
             "config": spec.config,
             "title": spec.title,
             "log": str(spec.log),
+            "fds": list(spec.fds),
         }
         try:
-            wire.send_record(self.sock, request)
+            wire.send_record(self.sock, request, tuple(spec.fds.values()))
             while True:
                 report, fds = self._receive()
                 if report["op"] == "forked":
@@ -170,10 +172,10 @@ class _Ahead:
         theirs.close()
         return cls(module, pid, os.pidfd_open(pid), ours)
 
-    def take(self, request: dict[str, Any]) -> tuple[int, int] | None:
+    def take(self, request: dict[str, Any], fds: Sequence[int]) -> tuple[int, int] | None:
         """Make it the child that is asked for: its pid and pidfd; None when it is there no more."""
         try:
-            wire.send_record(self.sock, request)
+            wire.send_record(self.sock, request, fds)
         except OSError:
             os.close(self.pidfd)
             return None
@@ -207,8 +209,10 @@ def _serve(sock: socket.socket, launcher: int, preload: Preload) -> None:
                     set_title(f"backplane {received[0]['config']['machine']}: fork server", "forkserver")
                 child = None
                 if ahead is not None and _module(received[0]) == ahead.module:
-                    child, ahead = ahead.take(received[0]), None
-                pid, pidfd = child or _fork_child(received[0])
+                    child, ahead = ahead.take(*received), None
+                pid, pidfd = child or _fork_child(*received)
+                for fd_of_child in received[1]:
+                    os.close(fd_of_child)
                 children[pidfd] = (pid, received[0]["node"])
                 poll.register(pidfd, select.POLLIN)
                 report = {"op": "forked", "node": received[0]["node"], "pid": pid}
@@ -241,31 +245,34 @@ def _run_ahead(parent: int, sock: socket.socket, module: str) -> None:
     received = wire.receive_record(sock)
     if received is not None:
         sock.close()
-        _run_request(received[0])
+        _run_request(*received)
 
 
-def _fork_child(request: dict[str, Any]) -> tuple[int, int]:
+def _fork_child(request: dict[str, Any], fds: Sequence[int]) -> tuple[int, int]:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        run_and_exit(lambda: _run_child(parent, request))
+        run_and_exit(lambda: _run_child(parent, request, fds))
     return pid, os.pidfd_open(pid)
 
 
-def _run_child(parent: int, request: dict[str, Any]) -> None:
+def _run_child(parent: int, request: dict[str, Any], fds: Sequence[int]) -> None:
     die_with_parent(parent)
-    close_other_descriptors()
+    close_other_descriptors(*fds)
     os.setsid()
-    _run_request(request)
+    _run_request(request, fds)
 
 
-def _run_request(request: dict[str, Any]) -> None:
+def _run_request(request: dict[str, Any], fds: Sequence[int]) -> None:
     redirect_standard(request["log"])
     set_title(request["title"], request["node"])
     gc.freeze()
     gc.enable()
     function = request["entry"].rpartition(".")[2]
-    getattr(importlib.import_module(_module(request)), function)(request["config"])
+    config = request["config"]
+    if fds:
+        config["fds"] = dict(zip(request["fds"], fds, strict=True))
+    getattr(importlib.import_module(_module(request)), function)(config)
 
 
 def _module(request: dict[str, Any]) -> str:

@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from bus.endpoint import Endpoint, Received
-from bus.frames import Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, Stats, StatsReply, Timing
+from bus.frames import (
+    Attend,
+    Event,
+    Frame,
+    Reset,
+    ResetReply,
+    Save,
+    SaveReply,
+    Shutdown,
+    Stats,
+    StatsReply,
+    Timing,
+)
 from devices.host import console_path
 from launcher import report
 from launcher.affinity import pin
@@ -221,6 +233,8 @@ class Supervisor:
             case Event(kind="ready"):
                 if process is not None:
                     process.ready = True
+                if CPU in self._processes and received.peer not in (CPU, MEMORY):
+                    self._endpoint.send(CPU, Attend(received.peer))
                 self._open_console(received.peer)
             case Event(kind="poweroff"):
                 raise MachineEnd(EXIT_OK, f"powered off after {self._uptime_s():.1f} s")

@@ -420,7 +420,7 @@ def test_stats(rig: Rig) -> None:
         "batches": 1,
         "synchronous": 1,
         "frames_out": 2,
-        "frames_in": 3,
+        "frames_in": 1,
     }
 
 

@@ -79,12 +79,16 @@ class Machine:
         self.launcher.bind()
         self.cpu.bind()
         self.seen: list[Received] = []  # by the launcher
+        self.at_cpu_before: list[Received] = []
 
     def start(self, node: str, type_name: str = GADGET, **more: Any) -> None:
         config = {"node": node, "run_dir": str(self.run_dir), "machine": "m", "type": type_name, **more}
         self.processes[node] = start("devices.host", config)
         self.event(node, "ready")
         self.cpu.connect(node)
+        while not self.cpu.has_heard(node):
+            self.cpu.wait(10_000_000)
+            self.at_cpu_before += self.cpu.receive()
 
     def ask(self, node: str, frame: Frame) -> Frame:
         return self.cpu.request(node, frame, LONG_NS)
@@ -103,7 +107,7 @@ class Machine:
         raise AssertionError(f"no event {kind} of {node}, but {self.seen}")
 
     def at_cpu(self, n: int) -> list[Received]:
-        got: list[Received] = []
+        got, self.at_cpu_before = self.at_cpu_before, []
         deadline = time.monotonic() + LONG_NS / 1e9
         while len(got) < n and time.monotonic() < deadline:
             self.cpu.wait(1_000_000_000)

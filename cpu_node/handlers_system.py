@@ -174,8 +174,8 @@ def _group5(sim: Simulator, insn: Insn) -> None:
 def _bound(sim: Simulator, insn: Insn) -> None:
     size = insn.opsize
     va = sim.single.linear(insn.default_segment, sim.single.offset(insn), 2 * size, False)
-    data = sim.memory.read(va, 2 * size, sim.user)
-    lower, upper = int.from_bytes(data[:size], "little"), int.from_bytes(data[size:], "little")
+    bounds = (sim.memory.read(place & 0xFFFFFFFF, size, sim.user) for place in (va, va + size))
+    lower, upper = (int.from_bytes(bound, "little") for bound in bounds)
     gates.bound(sim.read_reg(insn.reg, size), lower, upper, size)
 
 

@@ -194,6 +194,9 @@ MISALIGNED = {
     "fld tbyte ptr [esi+8]": False, "movsd xmm0, [esi+4]": True, "movups xmm0, [esi+4]": False,
     "movzx eax, byte ptr [esi+3]": False, "inc esi\nlodsd": True, "lodsb\nlodsb\nlodsb": False,
     "lea eax, [esi+1]": False, "fnstenv [esi+2]": True, "bt [esi+1], eax": True,
+    "xor eax, eax\nbound eax, [esi+4]": False, "bound eax, [esi+2]": True, "bound ax, [esi+1]": True,
+    "xor eax, eax\nbound ax, [esi+2]": False, ".byte 0xc4, 0x46, 4": False, ".byte 0xc4, 0x46, 2": True,
+    ".byte 0x66, 0xc4, 0x46, 2": False, ".byte 0x66, 0xc4, 0x46, 1": True,
 }  # fmt: skip
 
 

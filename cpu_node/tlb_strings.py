@@ -92,6 +92,15 @@ def _miss(label: str, pointer: str, size: int, stub: str) -> str:
         jmp {{{stub}}}"""
 
 
+def _no_target(operands: list[tuple[str, int, str, int, str]], size: int, stub: str) -> str:
+    """The target's miss; a source that reaches into a page that can't be read faults before it."""
+    source_first = size > 1 and len(operands) > 1
+    return f"""
+    no_target:
+        {_crossing(*operands[0]) if source_first else ""}
+        {_miss("target_only", "edi", size, stub)}"""
+
+
 def text(operation: str, size: int) -> str:
     """Of one assist."""
     opcode, source, target, writes = OPERATIONS[operation]
@@ -186,4 +195,4 @@ def text(operation: str, size: int) -> str:
         mov r14, [r15+{at.TABLE}]
         jmp {{tail_return}}
     {_miss("no_source", "esi", size, "tlb_read") if source else ""}
-    {_miss("no_target", "edi", size, "tlb_write" if writes else "tlb_read") if target else ""}"""
+    {_no_target(operands, size, "tlb_write" if writes else "tlb_read") if target else ""}"""

@@ -236,6 +236,24 @@ def test_the_frame_of_a_page_fault() -> None:
     assert board.cpu.cr2 == ABSENT + 0xFFF
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@isolated
+def test_a_source_that_reaches_into_an_absent_page_faults_before_its_target(size: int) -> None:
+    """Though the TLB knows the source's first page, and nothing of the target's."""
+    source, border = ABSENT - size + 1, ABSENT
+    text = (f"cld\nmov eax, [{ABSENT - 0x800}]\nmov ecx, 5\nmov esi, {source}\nmov edi, {border + 5}\n"
+            f".byte 0xf3, {'0x66, ' if size == 2 else ''}0xa5")
+    faults = []
+    for soft in (False, True):
+        board = user(soft)
+        board.delivers = False
+        board.run(text + END)
+        (fault,) = board.faults
+        faults.append(fault)
+    assert faults[0] == faults[1]
+    assert (faults[1].vector, faults[1].error, faults[1].cr2) == (PF, 4, border)
+
+
 @isolated
 def test_invlpg_and_cr3_forget() -> None:
     board = user(True)

@@ -119,7 +119,7 @@ class Direct:
                 event = window.child.run(self._state, self._wait)
             except MapRefused as error:
                 self._give_up(f"the host refused a mapping: {error}")
-                return False
+                return True  # what has run may have set TF or AC
             stretch = max(0, self.clocks.child_ns(window.child.pid) - begin)
             self.direct_ns += stretch
             if auto is not None and auto.direct(space.pace, stretch):
@@ -137,7 +137,7 @@ class Direct:
             if adopted:
                 return True  # the address was made with a base that is another now
             if not self._page_fault(window, event):
-                return window.unfit.isdisjoint((self.engine.cpu.eip >> 12,))
+                return True
             if self.engine.record.d[at.KICK // 4] or (auto is not None and not space.pace.direct):
                 return True
         self._event(event)
@@ -369,10 +369,10 @@ class Direct:
         """The instruction at EIP in the simulator. Raises GuestFault."""
         self.exits["simulated"] += 1
         engine = self.engine
-        if engine._checks_alignment():  # POPF has set AC in the child: this may be its #AC
-            engine._step_checking_alignment()
-        else:
-            engine.simulator.step()
+        if engine.cpu.eflags & (TF | AC):  # POPF has set it in the child: #DB follows, or this may be its #AC
+            engine.interpreted()
+            return
+        engine.simulator.step()
         if engine.cpu.pending_debug:
             engine._debug_trap()
 

@@ -42,7 +42,7 @@ from cpu_node.direct.exits import (
 from cpu_node.direct.policy import Auto
 from cpu_node.direct.waiting import Waiting
 from cpu_node.direct.window import MAX_PAGES, ChildWindow, Forbidden
-from cpu_node.errors import GP, UD, GuestFault
+from cpu_node.errors import GP, PF, UD, GuestFault
 from cpu_node.flags import AC, DF, FIXED, ID, IF, IOPL, NT, OF, STATUS, TF, VIF, VIP, VM
 from cpu_node.paging import FRAME, PS, US, A, P
 from cpu_node.segments import load_segment
@@ -59,7 +59,7 @@ _NATIVE = STATUS | TF | DF | NT | AC | ID  # EFLAGS that CPL 3 changes
 _REFUSED = TF | NT | AC | VM | IOPL | VIF | VIP
 _INT80, _INT3, _INT_3, _INT_4, _INTO, _INT1 = b"\xcd\x80", 0xCC, b"\xcd\x03", b"\xcd\x04", 0xCE, 0xF1
 _LONGEST = 15
-_DIVISIONS = frozenset(("div", "idiv", "aam"))
+_PRIVILEGED_OR_SIMULATED = frozenset(("sim", "stop", "cli", "sti"))
 
 
 class Clocks(NamedTuple):
@@ -384,8 +384,9 @@ class Direct:
                     raise GuestFault(UD)  # SYSCALL in a page that was written behind our back
                 cpu.eip = cpu.eip - 2 & 0xFFFFFFFF
                 self._simulate()
-            case Fault():
-                cpu.eip = cpu.eip - self._overflow_trap() & 0xFFFFFFFF
+            case Fault(perhaps_overflow):
+                if perhaps_overflow:
+                    cpu.eip = cpu.eip - self._overflow_trap() & 0xFFFFFFFF
                 self._simulate()
             case SoftwareTrap():
                 cpu.eip = cpu.eip - self._trap_length() & 0xFFFFFFFF
@@ -427,7 +428,7 @@ class Direct:
         try:
             insn = self.engine.simulator.fetch()
         except GuestFault as fault:
-            return 0 if fault.vector == UD else length
+            return length if fault.vector == PF else 0
         return 0 if _may_fault(insn) else length
 
 
@@ -440,8 +441,8 @@ def _plain(segment: Segment) -> bool:
 
 
 def _may_fault(insn: Insn) -> bool:
-    """Can the instruction raise another fault than #PF where segments are flat, FS and GS perhaps null?"""
+    """Can the instruction raise #GP at CPL 3 where segments are flat, FS and GS perhaps null?"""
     row = insn.row
     if insn.segment in (CS, FS, GS) and (insn.is_memory or row.action in ("moffs", "xlat", "string")):
         return True
-    return row.group not in ("int", "string") or row.action in ("sim", "stop") or row.mnemonic in _DIVISIONS
+    return row.group not in ("int", "string") or row.action in _PRIVILEGED_OR_SIMULATED

@@ -60,7 +60,12 @@ class PageFault:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The instruction at EIP raised another fault (#DE, #UD, #SS, #GP, #MF, #AC, #XM): nothing changed."""
+    """The instruction at EIP raised another fault (#DE, #UD, #SS, #GP, #MF, #AC, #XM): nothing changed.
+
+    `perhaps_overflow`: or INTO or INT 4 has been executed, and EIP is behind it; the back end can't tell.
+    """
+
+    perhaps_overflow: bool = False
 
 
 @dataclass(frozen=True, slots=True)

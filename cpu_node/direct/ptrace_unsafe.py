@@ -264,7 +264,7 @@ class PtraceChild:
             return exits.SingleStep() if code == _TRAP_TRACE else exits.SoftwareTrap()
         if number == signal.SIGSEGV and code in (_SEGV_MAPERR, _SEGV_ACCERR, _SEGV_PKUERR):
             return exits.PageFault((info._sigfault._addr or 0) & 0xFFFF_FFFF, None)
-        return exits.Fault()
+        return exits.Fault(perhaps_overflow=number == signal.SIGSEGV)
 
     def close(self) -> None:
         if not self._reaped:

@@ -193,8 +193,13 @@ def test_other_faults_leave_eip_at_the_instruction(rig: Rig, text: str | bytes) 
     event = rig.run()
     if event == SystemCall() and text == b"\x0f\x34":
         pytest.skip("this processor has SYSENTER in compatibility mode")
-    assert event == Fault()
+    assert isinstance(event, Fault)
     assert rig.offset == next((n for head, n in start.items() if str(text).startswith(head)), 0)
+
+
+@pytest.mark.parametrize("text", ["ud2", "xor edx, edx; xor ecx, ecx; div ecx"])
+def test_a_fault_that_no_overflow_looks_like(rig: Rig, text: str) -> None:
+    assert rig.run(text) == Fault(perhaps_overflow=False)
 
 
 @pytest.mark.parametrize("text", [b"\xcc", b"\xcd\x03"])

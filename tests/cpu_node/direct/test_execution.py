@@ -87,6 +87,12 @@ PROGRAMS = {
     "segment registers by the stack": "push ds; pop es; push ss; pop ds; mov [esp-4], eax; ud2",
     "no write through cs": f"mov dh, 1; .byte 0xd0, 0xce; .byte 0x2e; mov [{DATA}], dh",  # looks like INTO
     "null segment behind what looks like into": "mov dh, 1; rol dh, 7; .byte 0xd0, 0xce; mov eax, gs:[0]",
+    "cli behind what looks like into": "mov dh, 1; rol dh, 7; .byte 0xd0, 0xce; cli",
+    "division behind what looks like into": "mov ecx, 0; mov dh, 1; rol dh, 7; .byte 0xd0, 0xce; div ecx",
+    "too long behind what looks like into": "mov dh, 1; rol dh, 7; .byte 0xd0, 0xce"
+                                            + "; .byte 0x3e" * 15 + "; nop",
+    "division behind into": "mov ecx, 0; mov al, 0x7f; inc al; into; div ecx",
+    "no page behind into": f"mov al, 0x7f; inc al; jmp {CODE + 0x2FFF}",
     "null es": f"xor eax, eax; mov es, ax; inc ebx; mov edi, {DATA}; stosd",
 }  # fmt: skip
 
@@ -95,6 +101,8 @@ def _prepared(backend: str | None) -> Board:
     board = user_board(backend)
     board.map(DATA + 0x3000, DATA + 0x3000, P | RW)
     board.map(DATA + 0x4000, DATA + 0x4000, P | US)
+    board.map(CODE + 0x3000, 0, 0)
+    board.ram[CODE + 0x2FFF] = 0xCE  # INTO
     board.flush()
     return board
 

@@ -277,7 +277,7 @@ def test_segment_registers_loaded_with_the_hosts_selectors(rig: Rig, loads: str)
     assert rig.run(f"{loads}; int 0x80") == SystemCall()
     before = seen(rig)
     event = rig.run(f"mov eax, [{DATA}]; mov [0x80000000], eax; int 0x80")
-    assert event == Fault() or (isinstance(event, PageFault) and event.va == 1 << 31)
+    assert isinstance(event, Fault) or (isinstance(event, PageFault) and event.va == 1 << 31)
     assert seen(rig) == before
 
 

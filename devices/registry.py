@@ -31,6 +31,8 @@ BUILT_IN = {
     "postcode": "PostCode",
     "acpi_pm": "AcpiPm",
     "ioapic": "IoApic",
+    "virtio_blk": "VirtioBlk",
+    "virtio_console": "VirtioConsole",
 }  # module in devices/ -> class
 
 
@@ -45,10 +47,11 @@ class BadSettings(ValueError):
 def load_class(type_name: str) -> type[Device[Any]]:
     """The device class, its declarations checked."""
     path, colon, class_name = type_name.rpartition(":")
+    built_in = type_name.replace("-", "_")  # "virtio-blk" is virtio_blk
     if colon:
         module = _import_file(Path(path))
-    elif type_name in BUILT_IN:
-        module, class_name = importlib.import_module(f"devices.{type_name}"), BUILT_IN[type_name]
+    elif built_in in BUILT_IN:
+        module, class_name = importlib.import_module(f"devices.{built_in}"), BUILT_IN[built_in]
     else:
         known = ", ".join(sorted(BUILT_IN))
         raise BadDeviceType(

@@ -1,19 +1,21 @@
 """ACPI tables for the machine: RSDP, RSDT, FADT, FACS, DSDT and, with APICs, MADT.
 
 Source: ACPI specification 6.4, chapter 5 (tables); [n] is a section of it. The machine is in ACPI mode from
-the start (SMI_CMD is 0), there is no firmware to switch it. The tables describe ISA devices only.
+the start (SMI_CMD is 0), there is no firmware to switch it. The tables describe ISA devices and
+virtio devices on memory-mapped registers (LNRO0005, as Linux's virtio_mmio driver knows them).
 Left out: XSDT (a 32-bit kernel needs none), PCI, processors' power states, SMBIOS, HPET.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devices.acpi_pm import CONTROL, RESET, RESET_VALUE, SLP_TYP_S5, TIMER, AcpiPmSettings
 from devices.ioapic import IoApicSettings
 from launcher import aml
-from launcher.boot_plan import devices_of
+from launcher.boot_plan import VirtioPlace, devices_of
 from launcher.config import MachineConfig
 
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"BCKPLN", b"BACKPLAN", b"BKPL"
@@ -48,11 +50,12 @@ class AcpiMachine:
     uarts: tuple[tuple[int, int], ...] = ()  # (port, irq)
     keyboard_irq: int | None = None  # of the 8042
     rtc: tuple[int, int] | None = None  # (port, irq)
+    virtio: tuple[VirtioPlace, ...] = ()
     ioapic_pa: int | None = None  # given: the machine has APICs, and a MADT
     ioapic_id: int | None = None
 
 
-def describe(config: MachineConfig) -> AcpiMachine | None:
+def describe(config: MachineConfig, virtio: Sequence[VirtioPlace] = ()) -> AcpiMachine | None:
     """What the machine file says; None without a wired acpi_pm device: then there are no tables."""
     managers = [device for device in devices_of(config, "acpi_pm") if device.ports and device.irqs]
     if not managers:
@@ -75,6 +78,7 @@ def describe(config: MachineConfig) -> AcpiMachine | None:
         uarts=tuple(isa("uart16550")),
         keyboard_irq=keyboards[0][1] if keyboards else None,
         rtc=clocks[0] if clocks else None,
+        virtio=tuple(virtio),
         ioapic_pa=min(ioapics[0].mmio.values()) if with_apic else None,
         ioapic_id=ioapics[0].settings.get("id", IoApicSettings().id) if with_apic else None,
     )
@@ -96,7 +100,7 @@ def table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def dsdt(machine: AcpiMachine) -> bytes:
-    """ISA devices with their resources, and the S5 sleep package which power-off needs."""
+    """Devices with their resources, and the S5 sleep package which power-off needs."""
     devices = []
     for number, (port, irq) in enumerate(machine.uarts, 1):
         devices.append(
@@ -113,6 +117,15 @@ def dsdt(machine: AcpiMachine) -> bytes:
     if machine.rtc is not None:
         crs = aml.resources(aml.io_port(machine.rtc[0], 2), aml.irq(machine.rtc[1]))
         devices.append(aml.device("RTC", aml.name("_HID", aml.eisa_id("PNP0B00")), aml.name("_CRS", crs)))
+    for number, (base, length, irq) in enumerate(machine.virtio):
+        devices.append(
+            aml.device(
+                f"VR{number:02X}",
+                aml.name("_HID", aml.string("LNRO0005")),
+                aml.name("_UID", aml.integer(number)),
+                aml.name("_CRS", aml.resources(aml.memory(base, length), aml.irq(irq))),
+            )
+        )
     slp_typ = aml.integer(SLP_TYP_S5)
     s5 = aml.name("_S5", aml.package(slp_typ, slp_typ, aml.integer(0), aml.integer(0)))
     return table(b"DSDT", 1, aml.scope("_SB", *devices) + s5)

@@ -1,4 +1,4 @@
-"""A small AML encoder: enough for a DSDT of fixed ISA devices and sleep packages.
+"""A small AML encoder: enough for a DSDT of fixed devices and sleep packages.
 
 Source: ACPI specification 6.4, chapter 20 (ACPI Machine Language) and 6.4 (resource descriptors);
 [n] is a section of it. Every function returns the encoded bytes of one term.
@@ -10,9 +10,10 @@ from __future__ import annotations
 import struct
 
 ZERO_OP, ONE_OP, NAME_OP = 0x00, 0x01, 0x08
-BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX = 0x0A, 0x0B, 0x0C
+BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX, STRING_PREFIX = 0x0A, 0x0B, 0x0C, 0x0D
 SCOPE_OP, BUFFER_OP, PACKAGE_OP, EXT_PREFIX, DEVICE_OP = 0x10, 0x11, 0x12, 0x5B, 0x82
 IO_PORT_TAG, IRQ_TAG, END_TAG = 0x47, 0x22, 0x79  # small resource items, with their lengths [6.4.2]
+MEMORY_TAG, WRITABLE = 0x86, 1  # large resource item [6.4.3.4]
 
 
 def name_seg(name: str) -> bytes:
@@ -31,6 +32,11 @@ def integer(value: int) -> bytes:
     if value <= 0xFFFF:
         return struct.pack("<BH", WORD_PREFIX, value)
     return struct.pack("<BI", DWORD_PREFIX, value)
+
+
+def string(text: str) -> bytes:
+    """ASCII, ended by a zero [20.2.3]."""
+    return bytes([STRING_PREFIX]) + text.encode("ascii") + b"\0"
 
 
 def pkg(body: bytes) -> bytes:
@@ -79,6 +85,11 @@ def eisa_id(text: str) -> bytes:
 def io_port(base: int, length: int) -> bytes:
     """I/O port descriptor, 16-bit decode, fixed base [6.4.2.5]."""
     return struct.pack("<BBHHBB", IO_PORT_TAG, 1, base, base, 1, length)
+
+
+def memory(base: int, length: int) -> bytes:
+    """32-bit fixed memory range, writable [6.4.3.4]."""
+    return struct.pack("<BHBII", MEMORY_TAG, 9, WRITABLE, base, length)
 
 
 def irq(line: int) -> bytes:

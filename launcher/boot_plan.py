@@ -10,8 +10,9 @@ Left out: firmware and boot sectors (kinds of boot which start at the reset vect
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from launcher.config import AsmBoot, DeviceTable, LinuxBoot, MachineConfig
 from memory_node.regions import E820_RESERVED, e820, pc_regions
@@ -28,6 +29,14 @@ BDA_COM_PORTS, BDA_EBDA_SEGMENT, BDA_MEMORY_KIB = 0x00, 0x0E, 0x13  # offsets in
 MAX_COM_PORTS = 4
 
 
+class VirtioPlace(NamedTuple):
+    """Where a virtio device's registers are, and the ISA IRQ of its line."""
+
+    base: int
+    length: int
+    irq: int
+
+
 @dataclass(frozen=True, slots=True)
 class BootPlan:
     """Images (pa, bytes) in loading order, the CPU's start state, and the memory map the guest is told.
@@ -41,14 +50,14 @@ class BootPlan:
     e820: list[E820Range]
 
 
-def prepare(config: MachineConfig) -> BootPlan:
+def prepare(config: MachineConfig, virtio: Sequence[VirtioPlace] = ()) -> BootPlan:
     """Read the files the machine boots from; raises launcher.errors.ConfigError for what can't boot."""
     from launcher.asm_boot import prepare_asm  # here, because they import this module
     from launcher.linux_boot import prepare_linux
 
     match config.boot:
         case LinuxBoot():
-            return prepare_linux(config, config.boot)
+            return prepare_linux(config, config.boot, virtio)
         case AsmBoot():
             return prepare_asm(config, config.boot)
         case _:

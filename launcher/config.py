@@ -51,6 +51,7 @@ class LinuxBoot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag_fie
     kernel: Path
     cmdline: str = ""
     initrd: Path | None = None
+    modules: Path | None = None  # an archive behind it with virtio drivers, where there is a virtio device
 
 
 class AsmBoot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag_field="kind", tag="asm"):

@@ -10,6 +10,7 @@ than protocol 2.12 (Linux 3.8).
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from launcher.boot_plan import (
     GDT_PA,
     BootPlan,
     E820Range,
+    VirtioPlace,
     bios_data_area,
     memory_map,
     start_state,
@@ -93,7 +95,9 @@ def read_header(kernel: bytes, file: Path) -> SetupHeader:
     )
 
 
-def prepare_linux(config: MachineConfig, boot: LinuxBoot) -> BootPlan:
+def prepare_linux(
+    config: MachineConfig, boot: LinuxBoot, virtio: Sequence[VirtioPlace] = ()
+) -> BootPlan:
     """The plan for [boot] kind = "linux"; ConfigError for files which can't be booted."""
     kernel = _read(config, "boot.kernel", boot.kernel)
     header = read_header(kernel, boot.kernel)
@@ -115,18 +119,22 @@ def prepare_linux(config: MachineConfig, boot: LinuxBoot) -> BootPlan:
         (header.code32_start, protected_mode),
     ]
     initrd_pa = initrd_size = 0
-    if boot.initrd is not None:
-        initrd = _read(config, "boot.initrd", boot.initrd)
+    archives = [("boot.initrd", boot.initrd), ("boot.modules", boot.modules if virtio else None)]
+    initrd = b"".join(_read(config, key, path) for key, path in archives if path is not None)
+    if initrd:
         initrd_size = len(initrd)
         top = min(memory_end, header.initrd_addr_max + 1, BELOW_4G_LOWMEM)
         initrd_pa = (top - initrd_size) & ~0xFFF
         if initrd_pa < kernel_end:
             room = f"{max(0, top - kernel_end) >> 10} KiB of {memory_end >> 20} MiB are free for it"
             problem = f"does not fit into memory ({initrd_size >> 10} KiB, {room})"
-            raise ConfigError(boot.initrd, "", problem, "give the machine more memory")
+            raise ConfigError(boot.initrd or boot.modules or "", "", problem, "give the machine more memory")
         images.append((initrd_pa, initrd))
     rsdp_pa = 0
-    machine = acpi_tables.describe(config)
+    machine = acpi_tables.describe(config, virtio)
+    if machine is None and virtio:
+        problem = "no acpi_pm, so no ACPI tables, and by nothing else does Linux find a virtio device"
+        raise config.error("device", problem, "add one with ports and an IRQ")
     if machine is not None:
         rsdp_pa, tables = acpi_tables.build(machine)
         images.append((rsdp_pa, tables))

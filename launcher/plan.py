@@ -18,7 +18,8 @@ from devices.base import Device
 from devices.disks import BadDisk, Disks
 from devices.host import console_path
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
-from launcher.boot_plan import BootPlan, prepare
+from devices.virtio_mmio import VirtioMmio
+from launcher.boot_plan import BootPlan, VirtioPlace, prepare
 from launcher.config import DeviceTable, MachineConfig
 from launcher.entries import EntryPoints
 from launcher.forkserver import ChildSpec
@@ -79,7 +80,8 @@ def make_plan(config: MachineConfig) -> MachinePlan:
     _check_mmio(config, address_map)
     _check_controllers(config, devices)
     console = _pick_console(config, devices)
-    return MachinePlan(config, prepare(config), address_map, tuple(devices), pages, console)
+    boot = prepare(config, _virtio_places(config, devices))
+    return MachinePlan(config, boot, address_map, tuple(devices), pages, console)
 
 
 def child_specs(
@@ -188,6 +190,19 @@ def _place(config: MachineConfig, index: int, device: PlannedDevice, address_map
             address_map.add_line(table.name, line, irq)
     except MapConflict as e:
         raise config.error(f"device[{index}]", str(e), "change the base address or IRQ of one") from e
+
+
+def _virtio_places(config: MachineConfig, devices: list[PlannedDevice]) -> list[VirtioPlace]:
+    places = []
+    for index, device in enumerate(devices):
+        if issubclass(device.cls, VirtioMmio):
+            (region,), (line,) = device.cls.MMIO, device.cls.IRQS
+            irq = device.table.irqs.get(line)
+            if irq is None:
+                problem = f"{device.table.name} has no IRQ, a virtio device needs one"
+                raise config.error(f"device[{index}].irqs", problem, f"write irqs = {{ {line} = 5 }}")
+            places.append(VirtioPlace(device.table.mmio[region.name], region.length, irq))
+    return places
 
 
 def _check_mmio(config: MachineConfig, address_map: AddressMap) -> None:

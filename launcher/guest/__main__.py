@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.errors import EXIT_INPUT, LauncherError
 from launcher.guest import initramfs
 from launcher.guest.apt import GuestUnavailable
-from launcher.guest.fetch import fetch, locked
+from launcher.guest.fetch import MODULES, fetch, locked
 
 REPO = Path(__file__).resolve().parents[2]
 BENCH_SOURCE = REPO / "bench" / "guest" / "src"
@@ -44,12 +44,14 @@ def main() -> int:
 
 
 def make_guest(folder: Path, bench: bool) -> None:
-    """Have vmlinuz and initramfs.cpio (with `bench` also initramfs-bench.cpio) in `folder`."""
+    """Have vmlinuz, initramfs.cpio, modules.cpio (with `bench` also initramfs-bench.cpio) in `folder`."""
     fetch(folder, say, show=sys.stderr.isatty())
     busybox = (folder / "busybox").read_bytes()
     init = initramfs.INIT.read_bytes()
     with locked(folder):
         write_if_new(folder / "initramfs.cpio", initramfs.build(busybox, init))
+        modules = {name: (folder / name).read_bytes() for name in MODULES}
+        write_if_new(folder / "modules.cpio", initramfs.build_modules(modules))
         if bench:
             programs = build_bench(folder)
             write_if_new(folder / "initramfs-bench.cpio", initramfs.build(busybox, init, programs))

@@ -1,9 +1,9 @@
 """Debian's own i386 kernel and busybox, fetched through apt and kept with a manifest.
 
-In the folder (build/guest): `vmlinuz`, `busybox`, `manifest.json` (package, version, size, SHA-256 of
-both) and, while fetching, apt's private state under `apt/`. A second call finds files that
-equal the manifest and touches no network.
-Left out: kernel modules (drivers the machine needs are built into this kernel).
+In the folder (build/guest): `vmlinuz`, `busybox`, the modules that virtio disks and consoles and ext4 need,
+`manifest.json` (package, version, size, SHA-256 of each) and, while fetching, apt's private state under
+`apt/`. A second call finds files that equal the manifest and touches no network.
+Left out: all other kernel modules (drivers of the other devices are built into this kernel).
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ KERNEL_PACKAGE = re.compile(r"linux-image-([0-9.]+)-([0-9]+)-686")  # neither -p
 KERNEL_MEMBER = re.compile(r"\./boot/vmlinuz-.+")
 BUSYBOX_PACKAGE = "busybox-static"
 BUSYBOX_MEMBER = re.compile(r"\./(usr/)?bin/busybox")
+MODULE_MEMBER = re.compile(r"\./(usr/)?lib/modules/.+/([^/]+\.ko)")
+MODULES = tuple(
+    f"{name}.ko"
+    for name in ("virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "virtio_console",
+                 "crc16", "crc32c_generic", "mbcache", "jbd2", "ext4")
+)  # fmt: skip
+NAMES = {"vmlinuz", "busybox", *MODULES}
 MANIFEST = "manifest.json"
 
 Say = Callable[[str], None]
@@ -66,7 +73,7 @@ def cached(folder: Path) -> list[GuestFile] | None:
         path = folder / file.name
         if not path.is_file() or describe(path, file.package, file.version) != file:
             return None
-    return files if {file.name for file in files} == {"vmlinuz", "busybox"} else None
+    return files if {file.name for file in files} == NAMES else None
 
 
 def describe(path: Path, package: str, version: str) -> GuestFile:
@@ -88,13 +95,15 @@ def fetch(folder: Path, say: Say, show: bool = False, sources: Path | None = Non
         apt, kernel = _choose(folder, say, sources)
         (folder / MANIFEST).unlink(missing_ok=True)
         scratch = folder / "apt" / "debs"
-        members = (("vmlinuz", kernel, KERNEL_MEMBER), ("busybox", BUSYBOX_PACKAGE, BUSYBOX_MEMBER))
         files = []
-        for name, package, member in members:
+        for package, wanted in ((kernel, kernel_file), (BUSYBOX_PACKAGE, busybox_file)):
             say(f"downloading {package} (i386)")
             deb = apt.download(package, scratch, show)
-            unpack(deb, member, folder / name)
-            files.append(describe(folder / name, package, _version(deb)))
+            names = unpack(deb, wanted, folder)
+            files += [describe(folder / name, package, _version(deb)) for name in names]
+        missing = sorted(NAMES - {file.name for file in files})
+        if missing:
+            raise GuestUnavailable(f"{kernel} has no {missing[0]}", "fetch again with another release")
         _replace(folder / MANIFEST, json.dumps([asdict(file) for file in files], indent=1).encode() + b"\n")
         shutil.rmtree(folder / "apt")  # 70 MB of lists and packages
         return files
@@ -121,23 +130,33 @@ def _choose(folder: Path, say: Say, sources: Path | None) -> tuple[PrivateApt, s
     return apt, kernel
 
 
-def unpack(deb: Path, member: re.Pattern[str], target: Path) -> None:
-    """Write the package's one regular file whose name matches, without unpacking the rest."""
+def kernel_file(member: str) -> str | None:
+    """What a file of the kernel's package is called here; None: it isn't wanted."""
+    if KERNEL_MEMBER.fullmatch(member):
+        return "vmlinuz"
+    found = MODULE_MEMBER.fullmatch(member)
+    return found[2] if found and found[2] in MODULES else None
+
+
+def busybox_file(member: str) -> str | None:
+    return "busybox" if BUSYBOX_MEMBER.fullmatch(member) else None
+
+
+def unpack(deb: Path, wanted: Callable[[str], str | None], folder: Path) -> list[str]:
+    """Write those of the package's regular files that `wanted` gives a name; the names, sorted."""
     command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    names = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        data = None
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
             for entry in archive:
-                if entry.isfile() and member.fullmatch(entry.name):
+                name = wanted(entry.name) if entry.isfile() else None
+                if name is not None:
                     content = archive.extractfile(entry)
                     assert content is not None
-                    data = content.read()
-                    break
-        process.stdout.close()  # dpkg-deb ends with a broken pipe, the rest isn't wanted
-    if data is None:
-        raise GuestUnavailable(f"{deb.name} has no file {member.pattern}", "fetch again with another release")
-    _replace(target, data)
+                    _replace(folder / name, content.read())
+                    names.append(name)
+    return sorted(names)
 
 
 def _version(deb: Path) -> str:

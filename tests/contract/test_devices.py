@@ -27,11 +27,16 @@ from tests.contract.phrases import BYTES, PHRASES
 
 START_NS = 1_700_000_000_000
 MAX_ON_TIME = 20
-SETTINGS: dict[str, dict[str, Any]] = {"rtc_cmos": {"wall_offset_ns": 1_700_000_000_123_456_789}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rtc_cmos": {"wall_offset_ns": 1_700_000_000_123_456_789},
+    "virtio_blk": {"file": "disk.img"},
+}
+CONTENT = bytes(range(256)) * 16  # of each disk
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "watchdog.py"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SETTINGS.get(name, {})) for name in BUILT_IN},
     "acpi_pm-24": ("acpi_pm", {"timer_bits": 24}),
+    "virtio_blk-read-only": ("virtio_blk", {"file": "disk.img", "read_only": True}),
     "ioapic-pin0": ("ioapic", {"irq0_pin": 0}),
     "docs-example": (f"{EXAMPLE}:Watchdog", {}),
 }
@@ -50,9 +55,9 @@ class Rig:
 
     @classmethod
     def of(cls, variant: str, clock_ns: int = START_NS) -> Rig:
-        wiring = FakeWiring(clock_ns)
         name, values = VARIANTS[variant]
         device_class = load_class(name)
+        wiring = FakeWiring(clock_ns, {disk.name: CONTENT for disk in device_class.DISKS})
         device = device_class(wiring, make_settings(device_class, values))
         device.reset()
         return cls(variant, device, wiring)
@@ -62,6 +67,9 @@ class Rig:
         wire = msgpack.unpackb(msgpack.packb(self.device.save()))
         new = Rig.of(self.variant, self.wiring.clock_ns)
         new.wiring.inputs = dict(self.wiring.inputs)
+        new.wiring.ram[:] = self.wiring.ram
+        for disk, content in self.wiring.disks.contents.items():
+            new.wiring.disks.contents[disk][:] = content
         new.device.load(wire)
         return new
 
@@ -80,9 +88,13 @@ class Rig:
             case ("write", region, offset, width, value):
                 return self.device.write(region, offset, width, value & (1 << 8 * width) - 1)
             case ("phrase", writes):
-                for region, offset, value in writes:
+                for region, offset, value, *rest in writes:
+                    if region == "memory":
+                        self.wiring.memory.write(offset, value.to_bytes(4, "little"))
+                        continue
                     width = min(r.widths[0] for r in ranges(type(self.device)) if r.name == region)
-                    self.device.write(region, offset, width, value)
+                    self.device.write(region, offset, rest[0] if rest else width, value)
+                    self.wiring.settle(self.device)
                 return None
             case ("input", channel, data):
                 room = self.device.room(channel)
@@ -156,7 +168,8 @@ def steps(variant: str, fewest: int = 15) -> st.SearchStrategy[list[Action]]:
     rare: st.SearchStrategy[Action] = st.sampled_from([("reset",), *[("pass", 0)] * 9])
     kinds: list[st.SearchStrategy[Action]] = [access, access, passing.map(lambda ns: ("pass", ns)), rare]
     for phrase in PHRASES.get(name, ()):
-        choices = [st.sampled_from([(region, at, v) for v in values]) for region, at, values in phrase]
+        choices = [st.sampled_from([(region, at, v, *width) for v in values])
+                   for region, at, values, *width in phrase]  # fmt: skip
         kinds.append(st.tuples(*choices).map(lambda writes: ("phrase", writes)))
     inputs = [channel.receives for channel in cls.CHANNELS if channel.receives]
     if inputs:

@@ -37,7 +37,12 @@ class Thing(Device[ThingState]):
 def test_every_built_in_loads(name: str) -> None:
     cls = load_class(name)
     assert issubclass(cls, Device)
-    assert isinstance(make_settings(cls, {}), cls.SETTINGS)
+    files = {disk.setting: "disk.img" for disk in cls.DISKS}  # all else has a default
+    assert isinstance(make_settings(cls, files), cls.SETTINGS)
+
+
+def test_a_built_in_may_be_written_with_hyphens() -> None:
+    assert load_class("virtio-blk") is load_class("virtio_blk")
 
 
 def test_a_file_by_path(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from devices.acpi_pm import SLP_TYP_S5
 from launcher import aml
 from launcher.acpi_tables import TABLES_PA, AcpiMachine, build, describe
+from launcher.boot_plan import VirtioPlace
 from launcher.config import read_config
 
 MACHINES = Path(__file__).parents[2] / "machines"
@@ -24,6 +25,7 @@ PC = AcpiMachine(
     uarts=((0x3F8, 4),),
     keyboard_irq=1,
     rtc=(0x70, 8),
+    virtio=(VirtioPlace(0xD000_0000, 0x200, 10), VirtioPlace(0xD000_1000, 0x200, 11)),
     ioapic_pa=0xFEC0_0000,
     ioapic_id=1,
 )
@@ -80,12 +82,20 @@ def test_the_fadt_names_the_power_management_ports() -> None:
 
 
 def test_absent_devices_are_absent_from_the_tables() -> None:
-    bare = tables_of(replace(PC, uarts=(), keyboard_irq=None, rtc=None, ioapic_pa=None))
+    bare = tables_of(replace(PC, uarts=(), keyboard_irq=None, rtc=None, virtio=(), ioapic_pa=None))
     (boot_flags,) = struct.unpack_from("<H", bare["FACP"], 109)
     assert boot_flags == 0x002D  # no 8042, no CMOS RTC
     for hid in ("PNP0501", "PNP0303", "PNP0B00"):
         assert aml.eisa_id(hid) in tables_of(PC)["DSDT"]
         assert aml.eisa_id(hid) not in bare["DSDT"]
+    assert tables_of(PC)["DSDT"].count(b"LNRO0005\0") == 2
+    assert b"LNRO0005" not in bare["DSDT"]
+
+
+def test_a_virtio_device_is_described_with_its_registers_and_its_line() -> None:
+    assert aml.resources(aml.memory(0xD000_1000, 0x200), aml.irq(11)) in tables_of(PC)["DSDT"]
+    assert aml.memory(0xD000_1000, 0x200) == bytes.fromhex("860900010010 00d000020000".replace(" ", ""))
+    assert aml.string("LNRO0005") == b"\x0dLNRO0005\0"
 
 
 def test_the_madt_has_one_processor_one_ioapic_and_the_overrides() -> None:

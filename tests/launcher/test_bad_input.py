@@ -157,6 +157,11 @@ CASES = {
         machine_text(rest=COPIER + '{ file = "raises.py" }'),
         "raises.py is 8 bytes long, which is no multiple of 512 above 0",
     ),
+    "virtio device without an IRQ": (
+        machine_text(rest=EXTRA + 'type = "virtio-console"\nmmio = { regs = 0xd0000000 }\n'
+                     + 'settings = { backend = "null" }'),
+        "device[0].irqs: extra has no IRQ, a virtio device needs one; write irqs = { intr = 5 }",
+    ),
     "one file for two disks": (
         machine_text(rest=COPIER + '{ file = "disk.img" }\n'
                      + COPIER.replace('"c"', '"d"').replace("0x500", "0x501") + '{ file = "./disk.img" }'),

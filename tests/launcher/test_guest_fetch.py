@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +11,7 @@ import pytest
 
 from launcher.guest import apt
 from launcher.guest.apt import GuestUnavailable
-from launcher.guest.fetch import cached, fetch, newest
-from launcher.guest.fetch import unpack as unpack_member
+from launcher.guest.fetch import MODULES, cached, fetch, newest
 
 REPO = Path(__file__).parents[2]
 
@@ -64,6 +59,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FAKE", str(state))
     (state / "names").write_text("linux-image-686\nlinux-image-6.1.0-50-686\nlinux-image-6.1.0-50-686-pae\n")
     kernel = {"./boot/System.map": b"map", "./boot/vmlinuz-6.1.0-50-686": b"kernel", "./lib/x": bytes(100)}
+    modules = (*MODULES, "other.ko")
+    kernel |= {f"./lib/modules/6.1.0-50-686/kernel/x/{name}": name.encode() for name in modules}
     (state / "linux-image-6.1.0-50-686.deb").write_bytes(package(kernel))
     (state / "busybox-static.deb").write_bytes(package({"./bin/busybox": b"busybox"}))
     return state
@@ -89,10 +86,12 @@ def test_fetch_then_nothing_more_to_do(fake: Path, tmp_path: Path) -> None:
     files = fetch(folder, said.append)
     assert (folder / "vmlinuz").read_bytes() == b"kernel"
     assert (folder / "busybox").read_bytes() == b"busybox"
-    assert [(file.name, file.package, file.version) for file in files] == [
-        ("vmlinuz", "linux-image-6.1.0-50-686", "1:2-3"),
+    assert (folder / "ext4.ko").read_bytes() == b"ext4.ko"
+    assert not (folder / "other.ko").exists()
+    assert {(file.name, file.package, file.version) for file in files} == {
+        *((name, "linux-image-6.1.0-50-686", "1:2-3") for name in ("vmlinuz", *MODULES)),
         ("busybox", "busybox-static", "1:2-3"),
-    ]
+    }
     assert len(said) >= 3
     assert not (folder / "apt").exists()
     assert calls(fake)
@@ -164,38 +163,7 @@ def test_a_failed_download_leaves_no_manifest(fake: Path, tmp_path: Path) -> Non
 
 
 def test_a_package_without_the_file_is_refused(fake: Path, tmp_path: Path) -> None:
-    deb = tmp_path / "a.deb"
-    deb.write_bytes(package({"./usr/share/doc": b""}))
-    with pytest.raises(GuestUnavailable, match=r"a\.deb has no file"):
-        unpack_member(deb, re.compile("./boot/vmlinuz"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def run_module(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.guest", "--dir", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_command_writes_the_initramfs_and_is_silent_the_second_time(fake: Path, tmp_path: Path) -> None:
-    first = run_module(tmp_path / "guest")
-    assert first.returncode == 0, first.stderr
-    assert (tmp_path / "guest" / "initramfs.cpio").read_bytes().startswith(b"070701")
-    second = run_module(tmp_path / "guest")
-    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
-
-
-def test_no_apt_is_one_line_that_names_the_machine_which_runs_without(tmp_path: Path) -> None:
-    done = run_module(tmp_path / "guest", PATH="/nonexistent")
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert "is not on this machine" in last
-    assert "launcher up machines/hello.toml" in last
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(fake: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    done = run_module(tmp_path / "file" / "guest")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "Not a directory" in done.stderr
+    (fake / "linux-image-6.1.0-50-686.deb").write_bytes(package({"./boot/vmlinuz-6.1.0-50-686": b"kernel"}))
+    with pytest.raises(GuestUnavailable, match=r"linux-image-6\.1\.0-50-686 has no crc16\.ko"):
+        fetch(tmp_path / "guest", lambda line: None)
+    assert cached(tmp_path / "guest") is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.guest.cpio import Archive
-from launcher.guest.initramfs import INIT, build
+from launcher.guest.initramfs import INIT, LOAD, MODPROBE, build, build_modules
 
 
 def read_newc(archive: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
@@ -73,3 +73,11 @@ def test_cpio_unpacks_it(tmp_path: Path) -> None:
     done = subprocess.run(["cpio", "-i", "--quiet"], input=bytes(archive), cwd=tmp_path, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "d" / "l").read_bytes() == b"content"
+
+
+def test_modules_are_an_archive_of_their_own() -> None:
+    files = read_newc(build_modules({"b.ko": b"2", "a.ko": b"1"}))
+    assert files["lib/modules/a.ko"] == (0o100644, b"1", (0, 0))
+    assert files["lib/modules/load"][1] == LOAD.read_bytes()
+    assert files["sbin/modprobe"] == (0o100755, MODPROBE.read_bytes(), (0, 0))
+    assert list(files).index("lib/modules") < list(files).index("lib/modules/a.ko")

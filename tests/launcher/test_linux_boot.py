@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import struct
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from launcher.boot_plan import BOOT_GDT, BootPlan, prepare
+from launcher.acpi_tables import TABLES_PA
+from launcher.boot_plan import BOOT_GDT, BootPlan, VirtioPlace, prepare
 from launcher.config import MachineConfig, read_config
 from launcher.errors import ConfigError
 from launcher.linux_boot import BELOW_4G_LOWMEM, COMMAND_LINE_PA, ZERO_PAGE_PA, read_header
@@ -16,6 +19,7 @@ from launcher.linux_boot import BELOW_4G_LOWMEM, COMMAND_LINE_PA, ZERO_PAGE_PA, 
 CODE = b"\xf4" * 4096
 SETUP_SECTORS = 3
 INIT_SIZE = 0x180_0000
+PM = '[[device]]\nname = "pm"\ntype = "acpi_pm"\nports = { pm = 0x600 }\nirqs = { sci = 9 }\n'
 
 
 def bzimage(protocol: int = 0x20F, **bytes_at: tuple[int, str, int]) -> bytes:
@@ -181,3 +185,21 @@ def test_debians_kernel_is_accepted() -> None:
     header = read_header(kernel.read_bytes(), kernel)
     assert header.protocol >= 0x20F
     assert header.pref_address == 0x100_0000
+
+
+def test_the_modules_lie_behind_the_initrd_where_there_is_a_virtio_device(tmp_path: Path) -> None:
+    config = machine(tmp_path, bzimage(), initrd=b"i" * 512, more=PM)
+    config = replace(config, boot=msgspec.structs.replace(config.boot, modules=tmp_path / "modules"))
+    without = prepare(config)  # which are not read then
+    assert image_at(without, (64 << 20) - 0x1000) == b"i" * 512
+    (tmp_path / "modules").write_bytes(b"m" * 5000)
+    plan = prepare(config, [VirtioPlace(0xD000_0000, 0x200, 10)])
+    assert image_at(plan, (64 << 20) - 0x2000) == b"i" * 512 + b"m" * 5000
+    assert b"LNRO0005" in image_at(plan, TABLES_PA)
+    assert b"LNRO0005" not in image_at(without, TABLES_PA)
+
+
+def test_a_virtio_device_that_nothing_tells_of_is_refused(tmp_path: Path) -> None:
+    config = machine(tmp_path, bzimage())
+    with pytest.raises(ConfigError, match=r"device: no acpi_pm, .* virtio device; add one"):
+        prepare(config, [VirtioPlace(0xD000_0000, 0x200, 10)])

@@ -377,6 +377,14 @@ class Contexts:
             if self.code.add(pa_page, line):
                 self._changed_windows(len(self.spaces))
 
+    def dma_written(self, pa_pages: list[int]) -> None:
+        """Devices have written to these pages: what they held is gone, as in memory that is used anew."""
+        for pa_page in pa_pages:
+            self.tlb.guarded[pa_page] = int(self.code.protected(pa_page))
+            writes = self.writes[pa_page]
+            self.code_written(pa_page)
+            self.writes[pa_page] = writes  # it is not code and data at once
+
     def code_written(self, pa_page: int) -> None:
         """Bytes of a page that holds code change: its translations are void."""
         lines = self.code.remove(pa_page)

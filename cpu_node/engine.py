@@ -68,13 +68,13 @@ class Engine:
     """One CPU over a memory file. stubs_unsafe.install() must have run in this thread."""
 
     def __init__(self, ram_fd: int, ram: mmap, platform: Platform, model: CpuModel,
-                 apic: LocalApic | None) -> None:
+                 apic: LocalApic | None, code_fd: int | None = None) -> None:
         self.platform = platform
         self.apic = apic
         self.record = Record()
         self.physical = PhysicalMemory(ram)
         self.walker = Walker(self.physical)
-        tlb = Tlb(self.record, ram_fd, self.physical.size)
+        tlb = Tlb(self.record, ram_fd, self.physical.size, code_fd)
         self.contexts = Contexts(ram_fd, self.physical, self.walker, tlb)
         self.memory = GuestMemory(self.walker, self.contexts.code.lines, self._code_written,
                                   self._mmio_read, self._mmio_write)

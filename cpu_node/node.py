@@ -25,8 +25,10 @@ from typing import Any
 
 import msgspec
 
+from bus import codemap
 from bus.addressmap import AddressMap
 from bus.clock import MachineClock
+from bus.codemap import CodeMap
 from bus.endpoint import Endpoint, Received
 from bus.frames import (
     ApicMessage,
@@ -106,6 +108,8 @@ class Node:
         self.clock = clock = MachineClock(config.clock_offset_ns, config.clock_stopped_ns)
         run_dir = Path(config.run_dir)
         ram_fd, size = attach(run_dir, "ram", True)
+        code_fd, code_size = attach(run_dir, codemap.REGION, True)
+        self._code_map = CodeMap(memoryview(mmap.mmap(code_fd, code_size)))
         mirror_fd, mirror_size = attach(run_dir, "mirror", False)
         mirror = None
         if mirror_size:
@@ -134,7 +138,8 @@ class Node:
         apic = None
         if config.apic:
             apic = LocalApic(model.apic_id, model.crystal_hz, config.tsc_hz, clock)
-        self.engine = Engine(ram_fd, mmap.mmap(ram_fd, size), self, model, apic)
+        self.engine = Engine(ram_fd, mmap.mmap(ram_fd, size), self, model, apic, code_fd)
+        os.close(code_fd)
         self._standing = Standing(self.engine, clock, config.tsc_hz, OFFSET_FLAG in host)
         self._cache = self.engine.contexts.cache
         if config.translations:
@@ -275,6 +280,8 @@ class Node:
         self._arm()
         while self._inbox:
             self._take(self._inbox.popleft())
+        if self._code_map.news():  # behind the inbox: a device writes memory before it says anything
+            self.engine.contexts.dma_written(self._code_map.marked())
         if self._in_reset:
             self._wait_in_reset()
         if self._timing_wanted is not None:

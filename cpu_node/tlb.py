@@ -12,6 +12,8 @@ Left out: global pages (an early flush is never wrong), 4 MiB pages (their entri
 
 from __future__ import annotations
 
+from bus.codemap import PAGE as CODE_PAGE
+from bus.codemap import size_of
 from cpu_node import host_unsafe as host
 from cpu_node import layout as at
 from cpu_node.record_unsafe import Record
@@ -24,10 +26,15 @@ _RW = host.PROT_READ | host.PROT_WRITE
 class Tlb:
     """Of one CPU."""
 
-    def __init__(self, record: Record, ram_fd: int, size: int) -> None:
+    def __init__(self, record: Record, ram_fd: int, size: int, code_fd: int | None = None) -> None:
+        """`code_fd`: the region that tells devices of GUARDED pages (bus/codemap.py)."""
         self._d = record.d
         host.map_file(at.RAM, size, _RW, ram_fd, 0, populate=False)
         host.map_anonymous(at.GUARDED, at.GUARDED_SIZE, _RW)
+        if code_fd is not None:
+            length = size_of(size)
+            host.map_file(at.GUARDED, length - CODE_PAGE, _RW, code_fd, 0, populate=False)
+            host.view8(at.GUARDED, length - CODE_PAGE)[:] = bytes(length - CODE_PAGE)
         host.map_anonymous(at.TLB_PAGES, 4 * at.TLB_PAGES_MAX, _RW)
         host.map_anonymous(at.TLB_SITES, 16 * at.TLB_SITES_COUNT, _RW)
         host.map_anonymous(at.TLB_READ, at.TLB_SIZE, _RW)

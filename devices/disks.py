@@ -117,7 +117,10 @@ class Disks:
         try:
             match request.kind:
                 case "read":
-                    disk.read(request.offset, ram.views(request.segments))
+                    try:
+                        disk.read(request.offset, ram.views(request.segments))
+                    finally:
+                        ram.written(request.segments)
                 case "write":
                     disk.write(request.offset, ram.views(request.segments))
                 case "flush":

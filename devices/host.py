@@ -23,7 +23,9 @@ from typing import Any
 
 import msgspec
 
+from bus import codemap
 from bus.clock import MachineClock
+from bus.codemap import CodeMap
 from bus.endpoint import Endpoint, Received
 from bus.frames import (
     ApicMessage,
@@ -106,7 +108,7 @@ class Host:
             self,
             self._clock,
             self._mirror_writer(slots((*cls.PORTS, *cls.MMIO))),
-            GuestRam(self._region(RAM_REGION)) if cls.DMA else None,
+            GuestRam(self._region(RAM_REGION), CodeMap(self._region(codemap.REGION))) if cls.DMA else None,
             self._disks,
             config.state,
         )

@@ -13,6 +13,8 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
+from bus import codemap
+
 PAGE = 4096
 E820_RAM, E820_RESERVED = 1, 2
 LEGACY_HOLE = (0xA0000, 0x60000)  # video memory and ROMs of the PC/AT, 640 KiB to 1 MiB
@@ -27,6 +29,7 @@ class Kind(StrEnum):
     VRAM = "vram"
     RESERVED = "reserved"  # addresses only, nothing behind them
     MIRROR = "mirror"  # the bus's mirrored registers; not in the guest's address space
+    CODE = "code"  # which pages hold translated code (bus/codemap.py); neither
 
 
 class BadRegions(ValueError):
@@ -35,7 +38,7 @@ class BadRegions(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """`size` bytes at guest physical `base` (0 for a mirror, which has no guest address)."""
+    """`size` bytes at guest physical `base` (0 for what has no guest address)."""
 
     name: str
     kind: Kind
@@ -62,7 +65,10 @@ class Region:
 
 
 def pc_regions(memory_size: int, mirror_pages: int, file: str | None = None) -> list[Region]:
-    """RAM of `memory_size` bytes as a PC has it, the ranges it keeps free, and the mirror pages."""
+    """RAM of `memory_size` bytes as a PC has it and the ranges it keeps free.
+
+    With `mirror_pages` also what only the machine's processes see.
+    """
     regions = [
         Region("ram", Kind.RAM, 0, memory_size, file),
         Region("legacy-hole", Kind.RESERVED, *LEGACY_HOLE),
@@ -70,6 +76,7 @@ def pc_regions(memory_size: int, mirror_pages: int, file: str | None = None) -> 
     ]
     if mirror_pages:
         regions.append(Region("mirror", Kind.MIRROR, 0, mirror_pages * PAGE))
+        regions.append(Region(codemap.REGION, Kind.CODE, 0, codemap.size_of(memory_size)))
     return regions
 
 

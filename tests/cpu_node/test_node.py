@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from bus import codemap
 from bus.addressmap import AddressMap
+from bus.codemap import CodeMap
 from bus.endpoint import Endpoint, Received
 from bus.frames import (
     ApicMessage,
@@ -51,6 +53,7 @@ from bus.frames import (
 from bus.ranges import MmioRange, PortRange
 from cpu_node.descriptor import INTERRUPT_GATE32, pack, pack_gate
 from cpu_node.node import run as run_cpu
+from devices.dma import GuestRam
 from memory_node.client import attach
 from memory_node.node import run as run_memory
 from memory_node.regions import pc_regions
@@ -561,3 +564,34 @@ def test_killed_node_has_kept_what_it_translated(machine: Machine, tmp_path: Pat
     (file,) = folder.glob("*/*.kept")
     assert file.stat().st_size > 200
     assert not list(folder.glob("*/*.new"))
+
+
+def test_code_that_a_device_has_replaced_is_translated_anew(machine: Machine) -> None:
+    """A page that was run is read from a disk again: the guest runs what is there now."""
+    page, body = 0x120000, "mov eax, {}\nret"
+    machine.gate(VECTOR, HANDLER)
+    machine.load(body.format(0x1111), page)
+    machine.start(f"""
+        mov esp, {STACK}
+        again: mov ecx, {page}
+        call ecx
+        mov [0x200010], eax
+        mov edx, {PORTS + 4}
+        out dx, eax
+        mov ecx, [0x200000]
+        sti
+        wait: hlt
+        cmp ecx, [0x200000]
+        je wait
+        cli
+        jmp again""")
+    fd, size = attach(machine.run_dir, codemap.REGION, writable=True)
+    device = GuestRam(memoryview(machine.ram), CodeMap(memoryview(mmap.mmap(fd, size))))
+    os.close(fd)
+    machine.until(lambda: machine.registers.get(4) == 0x1111, "first result")
+    results = (0x2222, 0x3333, 0x4444, 0x5555, 0x6666, 0x7777)  # more often than makes a page mixed
+    for number, result in enumerate(results, 2):
+        device.write(page, asm(body.format(result), page))
+        machine.interrupt(VECTOR)
+        machine.until(lambda: len(machine.got(Write)) == number, "next result")  # noqa: B023
+        assert machine.registers[4] == result

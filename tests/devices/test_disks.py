@@ -166,7 +166,8 @@ def machine(short_path: Path) -> Iterator[Machine]:
 
 
 def test_a_device_process_with_a_disk(machine: Machine, image: Path) -> None:
-    regions = [{"name": "ram", "kind": "ram", "base": 0, "size": 1 << 16, "file": None}]
+    regions = [{"name": "ram", "kind": "ram", "base": 0, "size": 1 << 16, "file": None},
+               {"name": "code", "kind": "code", "base": 0, "size": 2 << 12, "file": None}]  # fmt: skip
     config = {"run_dir": str(machine.run_dir), "machine": "m", "regions": regions}
     machine.processes["memory"] = start("memory_node.node", config)
     machine.start("c", f"{parts.__file__}:Copier", settings={"file": str(image)})

@@ -253,7 +253,7 @@ def test_what_the_processes_are_told(machine_file: Path, tmp_path: Path) -> None
     plan = make_plan(read_config(machine_file))
     memory, (uart, pic, cpu) = child_specs(plan, EntryPoints(), tmp_path, 2_000_000_000, (1,), "info")
     assert memory.entry == "memory_node.node.run"
-    assert [r["name"] for r in memory.config["regions"]] == ["ram", "legacy-hole", "apics", "mirror"]
+    assert [r["name"] for r in memory.config["regions"]] == ["ram", "legacy-hole", "apics", "mirror", "code"]
     assert memory.host_cpus == ()
     assert (uart.node, uart.host_cpus, uart.title) == ("uart0", (1,), "backplane fake: uart0")
     assert uart.config["controllers"] == ["pic"]

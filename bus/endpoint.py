@@ -67,6 +67,7 @@ class Endpoint:
         self._fd_of: dict[str | None, int] = {}
         self._suspects: set[int] = set()  # descriptors of sockets that may hold frames
         self._live: set[str] = set()  # peers that have answered our connection
+        self._held: list[tuple[str | bytes, bytes]] | None = None  # to a peer, or to who connected to us
 
     def bind(self) -> None:
         """Make this node reachable. A socket file left by a killed process of the same name is replaced."""
@@ -169,22 +170,35 @@ class Endpoint:
         asking = {f"{self.node}>{peer}": stream for peer, stream in self._asking.items()}
         return {name: stream.positions() for name, stream in {**asked, **asking}.items()}
 
+    def hold(self) -> None:
+        """From now on frames are numbered and retained, but stay here until release()."""
+        self._held = []
+
+    def release(self) -> None:
+        """Let go what was held."""
+        held, self._held = self._held, None
+        for to, data in held or ():
+            if isinstance(to, str):
+                self._to_dealer(to, data)
+            else:
+                self._to_router(to, data)
+
     def stats(self) -> dict[str, Any]:
         return self.counters.to_plain()
 
-    def to_plain(self) -> tuple[dict[bytes, Plain], dict[str, Plain]]:
+    def to_plain(self) -> tuple[dict[str, Plain], dict[str, Plain]]:
         """All streams, by who sends to us and by whom we connected to: what a new process of this node
         loads."""
         return (
-            {identity: stream.to_plain() for identity, stream in self._asked.items()},
+            {identity.decode(NAMES): stream.to_plain() for identity, stream in self._asked.items()},
             {peer: stream.to_plain() for peer, stream in self._asking.items()},
         )
 
     def load(self, plain: Any) -> None:
         """Go on where an earlier process of this node was. After connect(), before anything is sent."""
         asked, asking = plain
-        for identity, saved in asked.items():
-            stream = self._asked[identity] = Stream(self.counters, self.now_ns)
+        for name, saved in asked.items():
+            stream = self._asked[name.encode(NAMES)] = Stream(self.counters, self.now_ns)
             stream.load(saved)
         for peer, saved in asking.items():
             if peer in self._asking:
@@ -287,6 +301,9 @@ class Endpoint:
             self.counters.unroutable += 1
 
     def _to_dealer(self, peer: str, data: bytes) -> None:
+        if self._held is not None:
+            self._held.append((peer, data))
+            return
         self._suspects.add(self._fd_of[peer])
         with contextlib.suppress(zmq.Again):  # not connected: it will say Resume
             self._dealers[peer].send(data, zmq.DONTWAIT)
@@ -294,6 +311,9 @@ class Endpoint:
     def _to_router(self, identity: bytes, data: bytes) -> bool:
         """Send to whoever connected under this name; False when it is not connected now."""
         assert self._router is not None
+        if self._held is not None:
+            self._held.append((identity, data))
+            return True
         self._suspects.add(self._fd_of[None])
         try:
             self._router.send_multipart((identity, data), zmq.DONTWAIT)

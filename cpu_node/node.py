@@ -68,6 +68,8 @@ from memory_node.client import attach
 
 ATTEND_NS = 1_000_000  # how often to look at the socket of a device whose process is new,
 ATTENDED_FOR_NS = 1_000_000_000  # and for how long: it may have been heard before we were told
+LOOK_UP_NS = 200_000_000  # while a device doesn't answer: is the machine to end?
+LATE_NS = 10_000_000_000  # then the launcher hears of it
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
 TIMING_VARIABLE = "BACKPLANE_TIMING"  # in the environment: time from the start on; "cpu": CPU time
 CLOSE_S = 2.0
@@ -77,6 +79,10 @@ REPORTS_PER_KIND = 200  # a guest that probes everything must not fill the log
 REPORTED_STATE = frozenset(("triple-fault",))
 
 log = logging.getLogger(__name__)
+
+
+class _Ended(Exception):
+    """The machine is to end while a device is waited for."""
 
 
 class _RunAnew(Exception):
@@ -123,6 +129,8 @@ class Node:
             time.monotonic_ns,
             self._open_bus,
             clock=clock,
+            on_late=self._late,
+            deadline_ns=LOOK_UP_NS,
             pic=config.controllers.pic,
             ioapics=config.controllers.ioapics,
         )
@@ -155,6 +163,7 @@ class Node:
             from cpu_node.direct import choose  # imports python-ptrace, which takes its time
 
             self.engine.direct = choose.start(self.engine, ram_fd, config.user_mode, config.trap_backend)
+        self._late_nodes: set[str] = set()  # that the launcher was told of
         self._attended: dict[str, int] = {}  # device -> until when
         self._cpu_thread = threading.get_ident()
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
@@ -195,6 +204,8 @@ class Node:
                 engine.run()
             except _RunAnew:
                 continue
+            except _Ended:
+                break
             except TripleFault:
                 self.report("triple-fault", f"triple fault at {engine.where()}", engine.cpu.dump())
                 self._in_reset = True
@@ -334,6 +345,15 @@ class Node:
         for node, until_ns in list(self._attended.items()):
             if self._io.attend(node) or now_ns >= until_ns:
                 del self._attended[node]
+
+    def _late(self, node: str, frame: Frame, waited_ns: int) -> None:
+        """A device has not answered: it is waited for, unless the machine is to end."""
+        if any(isinstance(received.frame, Shutdown) for received in self._inbox):
+            raise _Ended
+        if waited_ns >= LATE_NS and node not in self._late_nodes:
+            self._late_nodes.add(node)
+            what = f"{type(frame).__name__} to {node} has not been answered for {waited_ns / 1e9:.0f} s"
+            self._send(Event("waiting", what))
 
     def _flush_soon(self) -> None:
         if self._io.pending:

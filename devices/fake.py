@@ -25,7 +25,7 @@ from devices.base import Device
 from devices.disks import DiskRequest, Disks
 from devices.dma import GuestRam
 from devices.registry import make_settings
-from devices.slot import Slot
+from devices.slot import Immediately, Slot
 
 RAM_SIZE = 1 << 20
 
@@ -256,7 +256,7 @@ class Board:
         return self.links[peer]
 
 
-class _Outside:
+class _Outside(Immediately):
     """Where one part's effects go on a board."""
 
     def __init__(self, board: Board, name: str, controllers: Sequence[str]) -> None:

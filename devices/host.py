@@ -1,11 +1,13 @@
 """The process of one device: one loop around one Slot.
 
+Each thing that it does to the device is a step (devices/slot.py), committed to the device's journal before
+anything of it can be seen outside; a new process of the device goes on behind the last one.
 A turn: wait for a frame, a descriptor of a back end, a signal or the earliest timer; run what is due. Frames
 are answered in order of arrival, one sender's frames in the order in which it sent them.
 The loop ends after Shutdown or SIGTERM: what has arrived is still handled, consoles are flushed, exit 0.
 After Pause no timer runs and no input is taken, until Continue; frames are answered as ever.
-A device that raises is broken: the launcher gets an Event "device-error" with one line, exit 1.
-Left out: swap, checkpoints, replay.
+A device that raises is broken: the launcher gets an Event "device-error" with one line, exit 1. The frame in
+which too many processes ended is set aside: answered as by a failed device, with an Event "set-aside".
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
 from devices.base import StateMismatch
 from devices.disks import BadDisk, Disks
 from devices.dma import GuestRam
+from devices.journal import BadJournal, InputKey, Journal, Record
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.slot import Slot
 
@@ -77,7 +81,8 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     state: dict[str, Any] | None = None  # of Save, to begin with
     mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
     log_level: str = "warning"
-    fds: dict[str, int] = {}  # descriptors by name, see devices/host.py
+    set_aside_after: int = 3  # processes that ended in the same step
+    fds: dict[str, int] = {}  # descriptors: `journal`; without one the device is not to survive its process
 
 
 class Host:
@@ -88,18 +93,28 @@ class Host:
         cls = load_class(config.type)
         settings = make_settings(cls, config.settings)
         self._disks = Disks.open(cls, settings)
+        self._journal = Journal(config.fds["journal"]) if "journal" in config.fds else None
+        record = self._journal.latest() if self._journal is not None else None
         self._endpoint = Endpoint(config.run_dir, config.node)
-        self._endpoint.bind()
         for peer in dict.fromkeys([*config.controllers, *config.cpus, config.launcher]):
             self._endpoint.connect(peer)
+        if record is not None:
+            self._endpoint.load(record.streams)
+        self._endpoint.bind()
         self._trace = 0
+        self._asking: Received | None = None  # whose frame the step is about
+        self._news: list[Event] = []  # for the launcher, with the next step
+        self._outputs: list[tuple[str, bytes]] = []  # of the step
+        self._put_out = dict(record.outputs) if record is not None else {}
+        self._taken_in = dict(record.inputs) if record is not None else {}
         self._stopping = False
         self._turns = 0
         self._channels = cls.CHANNELS
         self._backends: dict[str, BackEnd] = {
             channel.sends: self._back_end(getattr(settings, channel.setting)) for channel in cls.CHANNELS
         }
-        self._clock = MachineClock(config.clock_offset_ns, config.clock_stopped_ns)
+        clock = (config.clock_offset_ns, config.clock_stopped_ns) if record is None else record.clock
+        self._clock = MachineClock(*clock)
         self._slot = Slot(
             config.node,
             cls,
@@ -110,8 +125,11 @@ class Host:
             self._mirror_writer(slots((*cls.PORTS, *cls.MMIO))),
             GuestRam(self._region(RAM_REGION), CodeMap(self._region(codemap.REGION))) if cls.DMA else None,
             self._disks,
-            config.state,
+            config.state if record is None else None,
+            None if record is None else _kept(record),
         )
+        if self._journal is not None and record is not None:
+            self._slot.finish(self._journal.dma_done())
         self._wake, self._wake_signal = socket.socketpair()
         self._wake.setblocking(False)
         self._wake_signal.setblocking(False)
@@ -126,6 +144,7 @@ class Host:
         """The loop; returns the exit status."""
         try:
             self._tell_launcher(Event("ready", self._config.node))
+            self._end_step(None)
             while not self._stopping:
                 self._turn()
             deadline = time.monotonic() + DRAIN_S
@@ -135,11 +154,14 @@ class Host:
         except Exception as error:
             text = f"{self._config.node}: {type(error).__name__}: {' '.join(str(error).split())}"
             log.error("%s\n%s", text, traceback.format_exc())
-            self._tell_launcher(Event("device-error", text, {"traceback": traceback.format_exc()}))
+            self._news.clear()
+            self._say_last(Event("device-error", text, {"traceback": traceback.format_exc()}))
             return 1
         finally:
             for back_end in self._backends.values():
                 back_end.close(FLUSH_S)
+            if self._news:
+                self._end_step(None)
             self._endpoint.close()
             self._disks.close()
 
@@ -158,10 +180,49 @@ class Host:
             self._endpoint.send(peer, frame, self._trace)
 
     def to_launcher(self, frame: Event) -> None:
-        self._tell_launcher(frame)
+        self._endpoint.send(self._config.launcher, frame, self._trace)
 
     def output(self, channel: str, data: bytes) -> None:
-        self._backends[channel].write(data)
+        self._outputs.append((channel, data))
+
+    def begin(self, source: str, number: int) -> bool:
+        if self._journal is None:
+            return True
+        begun = self._journal.begin(InputKey(source, number))
+        if begun <= self._config.set_aside_after:
+            return True
+        what = _in_words(self._asking) if self._asking is not None else f"{source} {number}"
+        ends = f"{begun - 1} processes of {self._config.node} ended in it"
+        self._tell_launcher(Event("set-aside", f"{what} is set aside: {ends}"))
+        return False
+
+    def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
+        self._endpoint.hold()
+        news, self._news = self._news, []
+        for frame in news:
+            self._endpoint.send(self._config.launcher, frame, self._trace)
+        for effect in effects:
+            effect()
+        if answer is not None and self._asking is not None:
+            self._endpoint.reply(self._asking, answer)
+        if self._journal is not None:
+            state = slot.device.state
+            clock = self._clock.offset_ns, self._clock.stopped_ns
+            self._journal.commit((
+                type(state).__name__, state.VERSION, state, slot.to_plain(), self._endpoint.to_plain(),
+                self._put_out, self._outputs, self._taken_in, clock,
+            ))  # fmt: skip
+
+    def dma_written(self, count: int) -> None:
+        if self._journal is not None:
+            self._journal.dma_written(count)
+
+    def perform(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        for channel, data in outputs:
+            self._backends[channel].write(data)
+            self._put_out[channel] = self._put_out.get(channel, 0) + len(data)
+        self._endpoint.release()
 
     # --- inside -------------------------------------------------------------------------------------
 
@@ -173,12 +234,15 @@ class Host:
         readable, writable = self._endpoint.wait(self._timeout_ns(), read_fds, write_fds)
         if self._wake.fileno() in readable:
             self._wake.recv(64)
+        self._asking = None
         self._trace = next(self._endpoint.ids)  # what timers cause begins a trace
         self._slot.run_timers()
         self._handle_frames()
         if readable or writable:
             for back_end in back_ends:
                 back_end.ready(readable, writable)
+        if self._news:
+            self._end_step(None)
         self._trace = next(self._endpoint.ids)  # and so does what the host side causes
         self._feed()
 
@@ -198,10 +262,12 @@ class Host:
 
     def _handle(self, received: Received) -> None:
         frame = received.frame
+        self._asking = received
         if not received.asked:  # an answer: all we send is one-way, so something was refused
             log.warning("%s answered %s", received.peer, frame)
+            self._end_step(None)
             return
-        answer: Frame | None
+        answer: Frame | None = None
         if isinstance(frame, Shutdown):
             self._stopping = True
             return
@@ -216,12 +282,16 @@ class Host:
                 answer = ContinueReply()
             case _:
                 self._trace = received.header.trace
-                answer = self._slot.handle(frame)
+                if self.begin(received.peer, received.header.seq):
+                    answer = self._slot.handle(frame)
+                else:
+                    answer = self._slot.set_aside(frame)
+                self._asking = None
+                self._slot.run_disks()
+        if self._asking is not None:
+            self._end_step(answer)
         if isinstance(answer, Refused):
             log.warning("refused %s from %s: %s", frame, received.peer, answer.reason)
-        if answer is not None:
-            self._endpoint.reply(received, answer)
-        self._slot.run_disks()
 
     def _feed(self) -> None:
         """Give the device as much input as it has room for; while the machine is paused it takes none."""
@@ -231,10 +301,29 @@ class Host:
             if channel.receives:
                 data = self._backends[channel.sends].take(self._slot.device.room(channel.receives))
                 if data:
-                    self._slot.receive(channel.receives, data)
+                    position = self._taken_in.get(channel.sends, 0)
+                    self._taken_in[channel.sends] = position + len(data)
+                    self._slot.receive(channel.receives, data, position)
+
+    def _end_step(self, answer: Frame | None) -> None:
+        """Of a step that is not the device's."""
+        self.commit(self._slot, (), answer)
+        self.perform()
+        self._asking = None
 
     def _tell_launcher(self, frame: Event) -> None:
-        self._endpoint.send(self._config.launcher, frame, self._trace)
+        """With the end of this step, or of the next."""
+        self._news.append(frame)
+
+    def _say_last(self, frame: Event) -> None:
+        """In the middle of a step, which shall not count."""
+        launcher = self._config.launcher
+        self._endpoint.release()
+        self._endpoint.hold()
+        self._endpoint.send(launcher, frame, self._trace)
+        if self._journal is not None:
+            self._journal.amend(launcher, self._endpoint.to_plain()[1][launcher])
+        self._endpoint.release()
 
     def _back_end(self, kind: str) -> BackEnd:
         match kind:
@@ -262,6 +351,15 @@ class Host:
             os.close(fd)
 
 
+def _kept(record: Record) -> tuple[dict[str, Any], list[Any]]:
+    return {"kind": record.kind, "version": record.version, "fields": record.fields}, record.slot
+
+
+def _in_words(received: Received) -> str:
+    """A frame in a few words."""
+    return f"{received.frame!r:.120} from {received.peer}"
+
+
 def console_path(run_dir: str | Path, node: str) -> Path:
     """The socket of a device's console."""
     return Path(run_dir) / CONSOLE_SOCKET.format(node=node)
@@ -276,7 +374,7 @@ def run(config: dict[str, Any]) -> None:
     logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
     try:
         host = Host(parsed)
-    except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused, StateMismatch) as error:
+    except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused, BadJournal, StateMismatch) as error:
         log.error("%s", error)
         raise SystemExit(1) from error
     signal.signal(signal.SIGTERM, lambda number, stack: host.stop())

@@ -1,10 +1,12 @@
 """Slot: one device plugged into the bus; the Wiring it sees, and what each frame does to it.
 
 No socket, clock or file here: devices/host.py runs a Slot in a process, devices/fake.py in a test.
-Effects of an operation (lines, INT, APIC messages, events, bytes) are collected while the device works.
-When it is done the mirror page is published and guest memory is written, then they are handed on in order,
-then comes the answer: who sees an effect sees the registers and the memory that belong to it. Then comes
-disk I/O (`run_disks`), each completion an operation of its own, before anything else.
+What is done to a device comes in steps: a frame, a timer, input, the completion of disk I/O. Effects of a
+step (lines, INT, APIC messages, events, bytes, the answer) are collected while the device works. Then the
+step is committed (Outside.commit): a process that ends from here on is succeeded by one that does what is
+left. Then the mirror page is published and guest memory is written, then the effects are handed on in
+order: who sees one sees the registers and the memory that belong to it. Then comes disk I/O (`run_disks`),
+before any other step.
 """
 
 from __future__ import annotations
@@ -65,6 +67,39 @@ class Outside(Protocol):
     def to_launcher(self, frame: Event) -> None: ...
 
     def output(self, channel: str, data: bytes) -> None: ...
+
+    def begin(self, source: str, number: int) -> bool:
+        """A step about this input begins; False if it is to be set aside, as too many processes ended in it.
+        A step about this input begins; False if it is to be set aside, as too many processes ended in it."""
+
+    def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
+        """A step ends. Each effect calls one of the functions above; none may be seen yet."""
+
+    def dma_written(self, count: int) -> None:
+        """So many of the DMA writes of the step are done."""
+
+    def perform(self) -> None:
+        """Let the effects of the step be seen."""
+
+
+class Immediately:
+    """The end of a step for an Outside that need not survive: a test's."""
+
+    _effects: Sequence[Callable[[], None]] = ()
+
+    def begin(self, source: str, number: int) -> bool:
+        return True
+
+    def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
+        self._effects = effects
+
+    def dma_written(self, count: int) -> None:
+        pass
+
+    def perform(self) -> None:
+        effects, self._effects = self._effects, ()
+        for effect in effects:
+            effect()
 
 
 class BadAccess(ValueError):
@@ -130,9 +165,14 @@ class Slot:
         ram: GuestRam | None = None,
         disks: Disks | None = None,
         saved: dict[str, Any] | None = None,
+        kept: tuple[dict[str, Any], list[Any]] | None = None,
     ) -> None:
-        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere. `ram`: for cls.DMA. `saved`: a
-        state record to begin with, as of Save; nobody hears of the reset before it. Raises StateMismatch."""
+        """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere. `ram`: for cls.DMA.
+
+        `saved`: a state record to begin with, as of Save; nobody hears of the reset before it.
+        `kept`: the last step of an earlier process, a state record and to_plain(): go on behind it, see
+        finish(). Raises StateMismatch.
+        """
         self.node = node
         self.now_ns = now_ns
         self._outside = outside
@@ -153,6 +193,9 @@ class Slot:
         self._lines = frozenset(cls.IRQS)
         self.device = cls(self, settings)
         self.device.reset()
+        if kept is not None:
+            self._keep_on(*kept)
+            return
         if saved is not None:
             self._effects.clear()
             self._load(saved)
@@ -241,22 +284,64 @@ class Slot:
             answer = self._do(frame)
         except (BadAccess, StateMismatch) as error:
             answer = Refused(f"{self.node}: {error}")
-        self._settle()
+        self._settle(answer)
         return answer
 
-    def receive(self, channel: str, data: bytes) -> None:
-        """Bytes from the host side, no more than device.room(channel)."""
-        self.device.receive(channel, data)
+    def set_aside(self, frame: Frame) -> Frame | None:
+        """In place of handle(): answer as a device that has failed."""
+        answer: Frame | None
+        match frame:
+            case Read(width=width):
+                answer = ReadReply((1 << 8 * width) - 1)
+            case Write():
+                answer = WriteReply()
+            case StringIn(width=width, count=count):
+                answer = StringInReply(b"\xff" * min(width * count, STRING_MAX))
+            case StringOut():
+                answer = StringOutReply()
+            case IntAck():
+                answer = IntAckReply(None)
+            case Reset():
+                answer = ResetReply()
+            case Save() | Load() | Ping():
+                answer = Refused(f"{self.node}: set aside, its processes ended in it")
+            case _:
+                answer = None
+        if isinstance(frame, Read | PostedBatch):
+            self._done += len(frame.writes)
+        self._settle(answer)
+        return answer
+
+    def receive(self, channel: str, data: bytes, position: int = 0) -> None:
+        """Bytes from the host side, no more than device.room(channel); `position`: how many came before."""
+        if self._outside.begin(channel, position):
+            self.device.receive(channel, data)
         self._settle()
         self.run_disks()
 
     def run_disks(self) -> None:
         """Do the disk I/O that was asked for, and what its completions ask for."""
         while self._disk_work:
-            request = self._disk_work.popleft()
+            request = self._disk_work[0]
             error = self._all_disks().perform(request, self._memory())
-            self.device.disk_done(request.disk, request.tag, error)
+            self._disk_work.popleft()
+            if self._outside.begin(request.disk, request.tag):
+                self.device.disk_done(request.disk, request.tag, error)
             self._settle()
+
+    def to_plain(self) -> list[Any]:
+        """What is committed besides the device's state: wires, timers, and what is left of the step to be
+        done."""
+        return [
+            self._levels, self._intr, self._inputs.to_plain(), self._deadlines, self._done, self._dma,
+            list(self._disk_work),
+        ]  # fmt: skip
+
+    def finish(self, dma_done: int) -> None:
+        """Do what an earlier process left of its last step; so many DMA writes it had done."""
+        self._publish()
+        self._write_dma(dma_done)
+        self.run_disks()
 
     def next_deadline_ns(self) -> int | None:
         return min(self._deadlines.values(), default=None)
@@ -269,8 +354,9 @@ class Slot:
             name = min(self._deadlines, key=self._deadlines.__getitem__)
             if self._deadlines[name] > self.now_ns():
                 return
-            del self._deadlines[name]
-            self.device.timer(name)
+            deadline_ns = self._deadlines.pop(name)
+            if self._outside.begin(name, deadline_ns):
+                self.device.timer(name)
             self._settle()
             self.run_disks()
 
@@ -353,17 +439,37 @@ class Slot:
             self.device.drive_lines()
             raise
 
-    def _settle(self) -> None:
+    def _keep_on(self, record: dict[str, Any], plain: list[Any]) -> None:
+        levels, intr, inputs, deadlines, done, dma, work = plain
+        self._levels, self._intr, self._done = levels, intr, done
+        self._inputs = _Lines.from_plain(inputs)
+        self._deadlines = deadlines
+        self._effects.clear()
+        self.device.load(record)  # says nothing of a line that is as it was
+        self._dma = [(pa, data) for pa, data in dma]
+        self._disk_work = deque(
+            DiskRequest(disk, tag, kind, offset, tuple((pa, size) for pa, size in segments))
+            for disk, tag, kind, offset, segments in work
+        )
+
+    def _settle(self, answer: Frame | None = None) -> None:
+        """End a step."""
+        effects, self._effects = self._effects, []
+        self._outside.commit(self, effects, answer)
+        self._publish()
+        if self._dma:
+            self._write_dma(0)
+        self._outside.perform()
+
+    def _publish(self) -> None:
         if self._mirror is not None:
             self._mirror.publish(self.device.mirror(), self._done)
-        if self._dma:
-            writes, self._dma = self._dma, []
-            for pa, data in writes:
-                self._memory().write(pa, data)
-        if self._effects:
-            effects, self._effects = self._effects, []
-            for effect in effects:
-                effect()
+
+    def _write_dma(self, done: int) -> None:
+        writes, self._dma = self._dma, []
+        for count, (pa, data) in enumerate(writes[done:], done + 1):
+            self._memory().write(pa, data)
+            self._outside.dma_written(count)
 
     def _ask_disk(self, request: DiskRequest) -> None:
         self._all_disks().size(request.disk)  # KeyError: there is no such disk

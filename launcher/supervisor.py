@@ -1,9 +1,10 @@
 """One machine's life: start its processes, watch them, answer for them, end them.
 
 All waiting happens in one place (`_turn`), on the bus, the processes' pidfds, signals, the console
-process and the control socket; whatever ends the machine raises MachineEnd there. Until processes can
-be replaced while the machine runs, the death of any of them ends it. Nothing can survive: see the chain
-of life in launcher/forkserver.py.
+process and the control socket; whatever ends the machine raises MachineEnd there. A device whose process
+ends gets a new one, which goes on from its journal (devices/journal.py); the end of any other process, or of
+one that was never ready, ends the machine. Nothing can survive: see the chain of life in
+launcher/forkserver.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from bus.frames import (
     Timing,
 )
 from devices.host import console_path
+from devices.journal import Journal as DeviceJournal
 from launcher import report
 from launcher.affinity import pin
 from launcher.control import ControlServer
@@ -40,6 +42,7 @@ from launcher.journal import Journal
 from launcher.pausing import NotQuiet, Pausing
 from launcher.plan import CPU, MEMORY
 from launcher.pump import Pump
+from launcher.restarts import Restarts
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 from memory_node.client import MemoryClient, MemoryRefused
@@ -84,8 +87,9 @@ class Process:
 
     child: Child
     log: Path
-    ready: bool = False
-    restarts: int = 0
+    ready: bool = False  # has been, and was not started anew since
+    was_ready: bool = False
+    restarts: Restarts = field(default_factory=Restarts)
     last_words: str = ""  # why it is about to end, in its own words
     last_frame: str = ""
     last_frame_ns: int = 0
@@ -108,7 +112,11 @@ class Supervisor:
     def __init__(
         self, launch: Launch, forkserver: ForkServer, pump: Pump | None, signals: Signals, journal: Journal
     ) -> None:
-        self._launch, self._forkserver, self._pump = launch, forkserver, pump
+        *devices, cpu = launch.others
+        self._journals = {spec.node: DeviceJournal.make(spec.node) for spec in devices}
+        devices = [replace(spec, fds={"journal": self._journals[spec.node]}) for spec in devices]
+        self._launch = replace(launch, others=(*devices, cpu))
+        self._forkserver, self._pump = forkserver, pump
         self._signals, self._journal = signals, journal
         self._processes: dict[str, Process] = {}
         self._ps_requests: list[_PsRequest] = []
@@ -163,7 +171,8 @@ class Supervisor:
 
     def _fork(self, spec: ChildSpec) -> None:
         child = self._forkserver.fork(spec)
-        self._processes[spec.node] = Process(child, spec.log)
+        self._processes[spec.node] = process = Process(child, spec.log)
+        process.restarts.started(time.monotonic())
         self._endpoint.connect(spec.node)
 
     def _load_images(self) -> None:
@@ -189,7 +198,7 @@ class Supervisor:
 
     def _turn(self, timeout_ns: int | None) -> None:
         """Wait for the next thing to happen, or for the time to pass, and act on it."""
-        pidfds = {p.child.pidfd: node for node, p in self._processes.items()}
+        pidfds = {p.child.pidfd: node for node, p in self._processes.items() if p.restarts.due_s is None}
         fds = [self._signals.descriptor, self._forkserver.pidfd, self._forkserver.sock.fileno(), *pidfds]
         if self._pump is not None:
             fds += [self._pump.sock.fileno(), self._pump.pidfd]
@@ -207,6 +216,7 @@ class Supervisor:
             self._forkserver.read_reports()
         for fd in readable & pidfds.keys():
             self._bury(pidfds[fd])
+        self._restart_due()
         if self._pump is not None and readable & {self._pump.sock.fileno(), self._pump.pidfd}:
             self._take_pump_record(self._pump)
         for fd in readable.intersection(self._control.descriptors()):
@@ -218,6 +228,8 @@ class Supervisor:
         """`timeout_ns`, or less where a deadline comes first."""
         now = time.monotonic_ns()
         waits = [r.deadline_ns - now for r in self._ps_requests]
+        due = [p.restarts.due_s for p in self._processes.values() if p.restarts.due_s is not None]
+        waits += [int(due_s * SECOND_NS) - now for due_s in due]
         if timeout_ns is not None:
             waits.append(timeout_ns)
         if self._deadline_ns is not None:
@@ -232,7 +244,7 @@ class Supervisor:
         match received.frame:
             case Event(kind="ready"):
                 if process is not None:
-                    process.ready = True
+                    process.ready = process.was_ready = True
                 if CPU in self._processes and received.peer not in (CPU, MEMORY):
                     self._endpoint.send(CPU, Attend(received.peer))
                 self._open_console(received.peer)
@@ -310,8 +322,10 @@ class Supervisor:
         if self._pump is not None:
             yield report.ps_row("console", self._pump.pid, None)
         for node, process in self._processes.items():
-            row = report.ps_row(node, process.child.pid, request.counters.get(node), process.restarts)
-            if not process.ready:
+            row = report.ps_row(node, process.child.pid, request.counters.get(node), process.restarts.count)
+            if process.restarts.due_s is not None:
+                row["state"] = process.restarts.state(time.monotonic())
+            elif not process.ready:
                 row["state"] = "starting"
             elif node in request.missing:
                 row["state"] += ", silent"
@@ -325,13 +339,33 @@ class Supervisor:
 
     def _bury(self, node: str) -> None:
         """A process has ended. What it said before may explain it; else name it."""
-        self._hear_last_words()
         process = self._processes[node]
         if self._forkserver_died():
             self._bury_forkserver()
+        if node in self._journals and process.was_ready:
+            status = self._forkserver.wait_status(process.child, LAST_WORDS_S)
+            wait_s = process.restarts.ended(time.monotonic())
+            when = f"in {wait_s:.1f} s" if wait_s else "at once"
+            self._journal.log(node, process.log)
+            self._journal.tell(f"{report.obituary(node, process, status)}; it is restarted {when}")
+            os.close(process.child.pidfd)
+            process.ready = False
+            process.last_words = ""
+            return
+        self._hear_last_words()
         status = self._forkserver.wait_status(process.child, LAST_WORDS_S)
         self._journal.log(node, process.log)
         raise MachineEnd(EXIT_DIED, report.obituary(node, process, status))
+
+    def _restart_due(self) -> None:
+        """Fork the devices whose time has come."""
+        now_s = time.monotonic()
+        for spec in self._launch.others:
+            process = self._processes.get(spec.node)
+            if process is not None and process.restarts.due_s is not None and process.restarts.due_s <= now_s:
+                process.child = self._forkserver.fork(spec)
+                process.restarts.started(now_s)
+                pin(process.child.pid, spec.host_cpus)
 
     def _bury_forkserver(self) -> None:
         self._hear_last_words()
@@ -427,7 +461,11 @@ class Supervisor:
     def _destroy(self) -> None:
         """Whatever state things are in: no process, no terminal in raw mode, no open socket afterwards."""
         self._forkserver.stop()
+        for fd in self._journals.values():
+            os.close(fd)
         for process in self._processes.values():
+            if process.restarts.due_s is not None:
+                continue
             report.wait_for_end(process.child.pidfd)
             os.close(process.child.pidfd)
         if self._pump is not None:

@@ -15,7 +15,7 @@ from bus.grants import attach
 from devices.base import BadDma
 from devices.disks import IOV_MAX, BadDisk, DiskFile, Disks
 from devices.dma import GuestRam
-from devices.slot import Slot
+from devices.slot import Immediately, Slot
 from tests.devices import parts
 from tests.devices.parts import Copier, CopierSettings
 from tests.devices.test_host import Machine, start
@@ -30,7 +30,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-class Rig:
+class Rig(Immediately):
     """A slot with memory and a real file; `effects` are lines, each with what memory held at that time."""
 
     def __init__(self, image: Path) -> None:

@@ -39,11 +39,11 @@ from bus.frames import (
 from bus.mirror import PAGE_SIZE, SLOT_BYTE, MirrorReader, MirrorWriter, slots
 from devices.base import Device
 from devices.fake import Board, Part
-from devices.slot import STRING_MAX, TIMERS_PER_TURN, Slot
+from devices.slot import STRING_MAX, TIMERS_PER_TURN, Immediately, Slot
 from tests.devices.parts import Gadget, GadgetSettings, Hub
 
 
-class Rig:
+class Rig(Immediately):
     """A slot; `effects` holds what left it, each with the mirror byte of scratch register 8 at that time."""
 
     def __init__(self, cls: type[Device[Any]] = Gadget, settings: Any = None) -> None:

@@ -1,0 +1,132 @@
+"""What a device process must not forget when it ends: its last committed step, in memory that outlives it.
+
+A journal is a memfd that the launcher holds and gives to each process of the device in turn. A step is
+committed by one 8-byte store, after its record lies in the other of two halves: a process that is killed at
+any point leaves the last step or the one before, whole. docs/live-swap.md says what is in a record and why
+that is enough. Layout: 512 64-bit words (see the constants), then two halves of HALF bytes; what is never
+written takes no memory. Left out: the end of the host (a snapshot is for that).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import msgspec
+
+HALF = 64 << 20
+WORDS = 512
+_MAGIC, _COMMITTED, _LENGTHS, _DMA, _INPUT, _BEGUN = 0, 1, 2, 4, 5, 6  # words
+MAGIC = 0x31304C4E524A5042  # "BPJRNL01"
+_COUNT_BITS = 24  # of the word _DMA: how many writes are done; above them, of which commit
+
+
+class JournalFull(RuntimeError):
+    """A record is too long."""
+
+
+class BadJournal(ValueError):
+    """A descriptor that is no journal of this version."""
+
+
+class Record(msgspec.Struct, array_like=True, frozen=True):
+    """What is committed at the end of a step. `fields` to `version`: the device's state (DeviceState.dump).
+    What is committed at the end of a step. `fields` to `version`: the device's state (DeviceState.dump)."""
+
+    kind: str
+    version: int
+    fields: Any
+    slot: Any  # Slot.to_plain
+    streams: Any  # Endpoint.to_plain
+    outputs: dict[str, int]  # bytes ever put out, by channel, without those of `output`
+    output: list[tuple[str, bytes]]  # of this step
+    inputs: dict[str, int]  # bytes ever taken in, by channel
+    clock: tuple[int, int | None]  # MachineClock: offset, where it stands
+
+
+class InputKey(NamedTuple):
+    """Which input a step is about: two of them are the same only if one is the other's repetition."""
+
+    source: str  # a peer, or a timer, channel or disk
+    number: int
+
+    def to_word(self) -> int:
+        return crc32(self.source.encode()) << 31 | self.number & 0x7FFF_FFFF
+
+
+class Journal:
+    """See the module's docstring. One process at a time writes it."""
+
+    def __init__(self, fd: int) -> None:
+        if os.fstat(fd).st_size != WORDS * 8 + 2 * HALF:
+            raise BadJournal("not a journal: its size is wrong")
+        self._memory = memoryview(mmap.mmap(fd, WORDS * 8 + 2 * HALF))
+        self._words = self._memory[: WORDS * 8].cast("q")
+        if self._words[_MAGIC] not in (0, MAGIC):
+            raise BadJournal("not a journal of this version")
+        self._words[_MAGIC] = MAGIC
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @staticmethod
+    def make(name: str) -> int:
+        """An empty one: its descriptor."""
+        fd = os.memfd_create(f"{name}.journal", os.MFD_CLOEXEC)
+        os.ftruncate(fd, WORDS * 8 + 2 * HALF)
+        return fd
+
+    def begin(self, key: InputKey) -> int:
+        """A step about this input begins; how often it has begun, this time included, without being
+        committed."""
+        words, word = self._words, key.to_word()
+        if words[_INPUT] != word:
+            words[_BEGUN] = 0  # first: a process that ends here has begun nothing
+            words[_INPUT] = word
+        words[_BEGUN] = begun = words[_BEGUN] + 1
+        return begun
+
+    def commit(self, record: tuple[Any, ...]) -> None:
+        """From here on this is what a new process finds. `record` has Record's fields, in their order."""
+        data = self._encoder.encode(record)
+        if len(data) > HALF:
+            raise JournalFull(f"{len(data)} bytes of state, there is room for {HALF}")
+        number = self._words[_COMMITTED] + 1
+        half = number & 1
+        start = WORDS * 8 + half * HALF
+        self._memory[start : start + len(data)] = data
+        self._words[_LENGTHS + half] = len(data)
+        self._words[_COMMITTED] = number
+        self._words[_INPUT] = 0
+
+    def amend(self, peer: str, stream: Any) -> None:
+        """The last step again, but with this stream to a peer: what is sent outside of any step."""
+        record, done = self.latest(), self.dma_done()
+        if record is None:
+            return
+        asked, asking = record.streams
+        word, begun = self._words[_INPUT], self._words[_BEGUN]
+        self.commit(msgspec.structs.astuple(
+            msgspec.structs.replace(record, streams=(asked, {**asking, peer: stream}))
+        ))  # fmt: skip
+        self.dma_written(done)
+        self._words[_INPUT], self._words[_BEGUN] = word, begun
+
+    def latest(self) -> Record | None:
+        """The last step committed; None before the first."""
+        number = self._words[_COMMITTED]
+        if not number:
+            return None
+        half = number & 1
+        start = WORDS * 8 + half * HALF
+        data = bytes(self._memory[start : start + self._words[_LENGTHS + half]])
+        return msgspec.msgpack.decode(data, type=Record)
+
+    def dma_written(self, count: int) -> None:
+        """So many DMA writes of the last step are done."""
+        self._words[_DMA] = self._words[_COMMITTED] << _COUNT_BITS | count
+
+    def dma_done(self) -> int:
+        """How many DMA writes of the last step are known to be done; one more may be."""
+        word = self._words[_DMA]
+        return word & (1 << _COUNT_BITS) - 1 if word >> _COUNT_BITS == self._words[_COMMITTED] else 0

@@ -262,6 +262,8 @@ class Target:
         header, frame = decoded
         if header.span == span:
             return frame
+        if (acknowledgement := stream.acknowledgement()) is not None:
+            self._link.send(acknowledgement)  # the device's window may be shut, with no frame of ours to come
         if isinstance(frame, Refused):
             self._asking.refused += 1
         log.warning("%s sent %s, which answers nothing that waits", self.node, frame)

@@ -70,11 +70,11 @@ class Stream:
         """Number and retain a frame; the bytes to send, None while the window is full: see take_waiting."""
         self._sent += 1
         self._counters.frames_out += 1
-        self._told = self.seen
         data = encode(frame, self._sent, self.seen, trace, span, self._now_ns())
         self._retained.append(data)
         if self._under_way >= WINDOW:
             return None
+        self._told = self.seen  # not by one that waits: where both windows are shut, only an Ack opens them
         self._under_way += 1
         return data
 
@@ -85,7 +85,11 @@ class Stream:
             yield self._retained[self._under_way - 1]
 
     def repeat(self) -> Iterator[bytes]:
-        """What is retained, from the oldest on, as far as the window goes; to be sent (again)."""
+        """What is retained, from the oldest on, as far as the window goes; to be sent (again). Before it an
+        Ack, in answer to Resume: earlier ones may be lost, and the other side's window be shut for good."""
+        if self._told < self.seen:
+            self._told = self.seen
+            yield encode(Ack(), 0, self.seen, 0, 0, self._now_ns())
         self._under_way = 0
         yield from self.take_waiting()
 
@@ -116,23 +120,32 @@ class Stream:
     def decode(self, data: bytes) -> tuple[Header, Frame] | Need | None:
         """The frame if it is the next one; None where nothing is left to be done.
 
-        Raises BadFrame. What is dropped, and what is malformed, is counted.
+        Raises BadFrame, for a frame with a number when it is the next one. What is dropped, and what is
+        malformed, is counted.
         """
         counters = self._counters
         counters.frames_in += 1
+        bad: BadFrame | None = None
+        frame: Frame | None = None
         try:
             header, frame = decode(data)
         except BadFrame as error:
             counters.bad_frames += 1
-            if error.header is not None:
-                self._judge(error.header.seq)
-            raise
+            if error.header is None or error.header.seq == 0:
+                raise
+            header, bad = error.header, error
         self._acknowledged(header.ack)
         if header.seq == 0:
             counters.frames_in -= 1  # of the protocol's own
-            return Need.REPEAT if type(frame) is Resume else None
+            if type(frame) is not Resume:
+                return None
+            self._told = 0  # what was said on an earlier connection may be lost
+            return Need.REPEAT
         if self._judge(header.seq):
-            return header, frame
+            if frame is not None:
+                return header, frame
+            assert bad is not None
+            raise bad
         if header.seq > self.seen and not self._gap:
             self._gap = True
             return Need.RESUME

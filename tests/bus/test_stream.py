@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus.codec import BadFrame
+from bus.codec import BadFrame, encode
 from bus.counters import Counters, Histogram
-from bus.frames import Ping
+from bus.frames import KIND_OF, Ping
 from bus.stream import ACK_EVERY, WINDOW, Need, Stream, id_source
 
 
@@ -55,7 +55,8 @@ def test_a_frame_is_retained_until_any_frame_of_the_other_side_acknowledges_it()
     assert answer is not None
     a.decode(answer)
     assert (a.unacknowledged, b.unacknowledged) == (0, 1)
-    assert list(a.repeat()) == []
+    assert [b.decode(data) for data in a.repeat()] == [None]  # no frame, only an Ack
+    assert b.unacknowledged == 0
 
 
 def test_resume_asks_for_what_was_not_taken_and_for_nothing_else() -> None:
@@ -123,6 +124,49 @@ def test_a_bad_frame_is_counted() -> None:
     with pytest.raises(BadFrame):
         Stream(counters, lambda: 0).decode(b"\xc1")
     assert (counters.bad_frames, counters.frames_in) == (1, 1)
+
+
+def test_a_malformed_frame_is_reported_when_its_turn_comes_and_once() -> None:
+    a, b = stream(), stream()
+    first, second = wire(a, 2)
+    bad = second + b"\xc1"
+    spoilt = encode(Ping(), 2, 0, 0, 0, 0).replace(bytes([KIND_OF[Ping]]), b"\x7f", 1)  # an unknown kind
+    assert b.decode(spoilt) is Need.RESUME
+    assert isinstance(b.decode(first), tuple)
+    for _ in range(2):
+        with pytest.raises(BadFrame):
+            b.decode(bad)  # not even a header: whose turn it is nobody knows
+    with pytest.raises(BadFrame):
+        b.decode(spoilt)
+    assert b.decode(spoilt) is None
+    assert b.seen == 2
+
+
+def test_an_ack_that_was_lost_is_said_again_on_the_next_connection() -> None:
+    a, b = stream(), stream()
+    for data in wire(a, WINDOW):
+        b.decode(data)
+        b.acknowledgement()  # lost
+    assert a.full
+    assert b.decode(a.resume()) is Need.REPEAT
+    for data in b.repeat():
+        a.decode(data)
+    assert not a.full
+
+
+def test_where_both_windows_are_shut_an_ack_is_due_all_the_same() -> None:
+    a, b = stream(), stream()
+    there, back = wire(a, WINDOW), wire(b, WINDOW)
+    for data in there:
+        b.decode(data)
+    assert b.encode(Ping(), 0, 0) is None
+    for data in back:
+        a.decode(data)
+    assert a.encode(Ping(), 0, 0) is None
+    ack = b.acknowledgement()
+    assert ack is not None
+    a.decode(ack)
+    assert len(list(a.take_waiting())) == 1
 
 
 def test_ids_of_two_nodes_and_of_two_lives_differ() -> None:

@@ -67,6 +67,7 @@ class Endpoint:
         self._fd_of: dict[str | None, int] = {}
         self._suspects: set[int] = set()  # descriptors of sockets that may hold frames
         self._live: set[str] = set()  # peers that have answered our connection
+        self.connections: dict[str, int] = {}  # who has connected to us -> when, the last time
         self._held: list[tuple[str | bytes, bytes]] | None = None  # to a peer, or to who connected to us
 
     def bind(self) -> None:
@@ -246,6 +247,7 @@ class Endpoint:
             stream = self._asked[identity] = Stream(self.counters, self.now_ns)
         if parts == [b""]:  # it has connected
             stream.connected()
+            self.connections[identity.decode(NAMES)] = self.now_ns()
             self._to_router(identity, stream.resume())
             for data in stream.repeat():
                 self._to_router(identity, data)

@@ -21,6 +21,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import msgspec
 from bus import codemap
 from bus.clock import MachineClock
 from bus.codemap import CodeMap
-from bus.endpoint import Endpoint, Received
+from bus.endpoint import LINGER_MS, Endpoint, Received
 from bus.frames import (
     ApicMessage,
     Continue,
@@ -50,15 +51,18 @@ from bus.link import BadRunDir
 from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
 from devices.base import StateMismatch
+from devices.control import Control
 from devices.disks import BadDisk, Disks
 from devices.dma import GuestRam
 from devices.journal import BadJournal, InputKey, Journal, Record
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.slot import Slot
+from devices.tryout import try_out
 
 MIRROR_REGION, RAM_REGION = "mirror", "ram"
 DRAIN_S = 2.0  # a sender that never stops must not keep us
 FLUSH_S = 5.0  # how long an attached console may take for the last bytes
+RETIRED = -1  # in place of an exit status: another process takes over
 CONSOLE_SOCKET = "console-{node}.sock"
 
 log = logging.getLogger(__name__)
@@ -82,14 +86,18 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
     log_level: str = "warning"
     set_aside_after: int = 3  # processes that ended in the same step
-    fds: dict[str, int] = {}  # descriptors: `journal`; without one the device is not to survive its process
+    shape: dict[str, str] = {}  # what the machine was started with, see devices/tryout.py
+    standby: bool = False  # take over from another process, when told to
+    fds: dict[str, int] = {}  # `journal`: without it the device doesn't survive its process; `control`
 
 
 class Host:
     """One device on the bus. Also the Outside of its Slot."""
 
-    def __init__(self, config: HostConfig) -> None:
+    def __init__(self, config: HostConfig, control: Control | None = None) -> None:
         self._config = config
+        self._control = control
+        self._retiring = False
         cls = load_class(config.type)
         settings = make_settings(cls, config.settings)
         self._disks = Disks.open(cls, settings)
@@ -101,6 +109,7 @@ class Host:
         if record is not None:
             self._endpoint.load(record.streams)
         self._endpoint.bind()
+        self._cpu_io = f"{config.cpus[0]}.io" if config.cpus else ""
         self._trace = 0
         self._asking: Received | None = None  # whose frame the step is about
         self._news: list[Event] = []  # for the launcher, with the next step
@@ -147,6 +156,8 @@ class Host:
             self._end_step(None)
             while not self._stopping:
                 self._turn()
+                if self._retiring:
+                    return RETIRED
             deadline = time.monotonic() + DRAIN_S
             while self._handle_frames() and time.monotonic() < deadline:  # what came before the end counts
                 pass
@@ -162,7 +173,7 @@ class Host:
                 back_end.close(FLUSH_S)
             if self._news:
                 self._end_step(None)
-            self._endpoint.close()
+            self._endpoint.close(0 if self._retiring else LINGER_MS)  # the journal has what hasn't left
             self._disks.close()
 
     # --- devices.slot.Outside -----------------------------------------------------------------------
@@ -229,15 +240,22 @@ class Host:
     def _turn(self) -> None:
         self._turns += 1
         back_ends = self._backends.values()
-        read_fds = [self._wake.fileno(), *(fd for b in back_ends for fd in b.read_fds())]
+        control = self._control
+        own_fds = [self._wake.fileno()] if control is None else [self._wake.fileno(), control.fileno()]
+        read_fds = [*own_fds, *(fd for b in back_ends for fd in b.read_fds())]
         write_fds = [fd for b in back_ends for fd in b.write_fds()]
         readable, writable = self._endpoint.wait(self._timeout_ns(), read_fds, write_fds)
         if self._wake.fileno() in readable:
             self._wake.recv(64)
+        if control is not None and control.fileno() in readable and control.told_to_retire():
+            self._retiring = True
+            return
         self._asking = None
         self._trace = next(self._endpoint.ids)  # what timers cause begins a trace
         self._slot.run_timers()
         self._handle_frames()
+        if control is not None and control.wants_to_know and self._cpu_io in self._endpoint.connections:
+            control.connected(self._endpoint.connections[self._cpu_io])
         if readable or writable:
             for back_end in back_ends:
                 back_end.ready(readable, writable)
@@ -372,11 +390,40 @@ def run(config: dict[str, Any]) -> None:
     """
     parsed = msgspec.convert(config, HostConfig)
     logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
+    control = Control(parsed.fds["control"]) if "control" in parsed.fds else None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the launcher's to handle
     try:
-        host = Host(parsed)
+        if parsed.standby and control is not None:
+            _try_out(parsed)
+            control.stand_by()
+        status = RETIRED
+        while status == RETIRED:
+            host = Host(parsed, control)
+            signal.signal(signal.SIGTERM, partial(_stop, host))
+            if parsed.standby and control is not None:
+                control.live()
+            status = host.run()
+            if status == RETIRED:
+                assert control is not None
+                control.retired()
     except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused, BadJournal, StateMismatch) as error:
         log.error("%s", error)
+        if control is not None:
+            control.refuse(str(error))
         raise SystemExit(1) from error
-    signal.signal(signal.SIGTERM, lambda number, stack: host.stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the launcher's to handle
-    raise SystemExit(host.run())
+    except Exception as error:
+        if control is not None and parsed.standby:
+            control.refuse(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise
+    raise SystemExit(status)
+
+
+def _stop(host: Host, number: int, stack: object) -> None:
+    host.stop()
+
+
+def _try_out(config: HostConfig) -> None:
+    cls = load_class(config.type)
+    record = Journal(config.fds["journal"]).latest()
+    state = None if record is None else _kept(record)[0]
+    try_out(config.type, cls, make_settings(cls, config.settings), config.shape, state)

@@ -19,7 +19,7 @@ from typing import Any
 from launcher.errors import EXIT_DIED, LauncherError
 from memory_node import wire
 
-OPERATIONS = ("ps", "stats", "timing-on", "timing-off", "pause", "resume", "down")
+OPERATIONS = ("ps", "stats", "timing-on", "timing-off", "pause", "resume", "swap", "kill", "down")
 ANSWER_S = 10.0
 DOWN_MS = 30_000  # longer than the supervisor is polite
 

@@ -68,6 +68,8 @@ def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], Host
             return _pause_or_resume(options)
         case "console":
             return _console(options)
+        case "swap" | "dev" | "kill":
+            return _live(options)
         case _:
             return _version()
 
@@ -144,6 +146,29 @@ def _parser() -> argparse.ArgumentParser:
     console.add_argument("device", help="a device whose back end is the console, like uart0")
     console.add_argument("--machine", help="the machine's name (default: the only one that runs)")
 
+    swap = commands.add_parser(
+        "swap",
+        help="replace the process of a device while the guest runs",
+        description="Replace the process of a device by a fresh one, of the same class or of another that "
+        "declares the same ports. What can't work leaves the old process running, and says why.",
+    )
+    _add_device(swap)
+    swap.add_argument("--with", dest="with_type", metavar="FILE.py:Class", help="another implementation")
+    swap.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
+    dev = commands.add_parser(
+        "dev",
+        help="run a device from a file, anew whenever the file is saved",
+        description="Swap a device for what a file says, again and again when it is saved. A file that "
+        "doesn't load leaves the device as it is, and the error is shown.",
+    )
+    _add_device(dev)
+    dev.add_argument("--watch", required=True, metavar="FILE.py[:Class]", help="the file")
+    kill = commands.add_parser(
+        "kill",
+        help="kill the process of a device; another goes on",
+        description="kill -9 of a device's process. Another one goes on where it was.",
+    )
+    _add_device(kill)
     check = commands.add_parser(
         "check",
         help="validate a machine file",
@@ -152,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("machine", type=Path, metavar="MACHINE.toml", help="the machine file")
     commands.add_parser("version", help="print versions", description="Print versions.")
     return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("machine", help="the machine's name")
+    parser.add_argument("device", help="the device's name, see `launcher ps`")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +276,19 @@ def _pause_or_resume(options: Any) -> int:
     ask(path / CONTROL, options.command, path.name)
     print(f"{path.name}: {options.command}d")
     return EXIT_OK
+
+
+def _live(options: Any) -> int:
+    from launcher import live
+
+    run_dir = _running(options.machine)
+    match options.command:
+        case "swap":
+            return live.swap(run_dir, options.device, options.with_type, options.set)
+        case "dev":
+            return live.develop(run_dir, options.device, options.watch)
+        case _:
+            return live.kill(run_dir, options.device)
 
 
 def _console(options: Any) -> int:

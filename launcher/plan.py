@@ -18,6 +18,7 @@ from devices.base import Device
 from devices.disks import BadDisk, Disks
 from devices.host import console_path
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
+from devices.tryout import shape
 from devices.virtio_mmio import VirtioMmio
 from launcher.boot_plan import BootPlan, VirtioPlace, prepare
 from launcher.config import DeviceTable, MachineConfig
@@ -114,6 +115,7 @@ def child_specs(
 def _device_config(plan: MachinePlan, device: PlannedDevice) -> dict[str, Any]:
     return {
         "type": device.table.type,
+        "shape": shape(device.cls),
         "settings": device.table.settings,
         "irqs": device.table.irqs,
         "mirror_index": device.mirror_page,

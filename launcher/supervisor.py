@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from launcher.pump import Pump
 from launcher.restarts import Restarts
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
+from launcher.swapping import SwapRefused, swap
 from memory_node.client import MemoryClient, MemoryRefused
 
 LAUNCHER = "launcher"
@@ -89,7 +93,9 @@ class Process:
     log: Path
     ready: bool = False  # has been, and was not started anew since
     was_ready: bool = False
+    swaps: int = 0
     restarts: Restarts = field(default_factory=Restarts)
+    control: socket.socket | None = None  # a device's, see launcher/swapping.py
     last_words: str = ""  # why it is about to end, in its own words
     last_frame: str = ""
     last_frame_ns: int = 0
@@ -170,10 +176,21 @@ class Supervisor:
             self._pump.connect(self._launch.console)
 
     def _fork(self, spec: ChildSpec) -> None:
-        child = self._forkserver.fork(spec)
-        self._processes[spec.node] = process = Process(child, spec.log)
+        control: socket.socket | None = None
+        if spec.node in self._journals:
+            child, control = self._fork_device(spec)
+        else:
+            child = self._forkserver.fork(spec)
+        self._processes[spec.node] = process = Process(child, spec.log, control=control)
         process.restarts.started(time.monotonic())
         self._endpoint.connect(spec.node)
+
+    def _fork_device(self, spec: ChildSpec) -> tuple[Child, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            return self._forkserver.fork(replace(spec, fds={**spec.fds, "control": theirs.fileno()})), ours
+        finally:
+            theirs.close()
 
     def _load_images(self) -> None:
         try:
@@ -290,6 +307,10 @@ class Supervisor:
                 raise MachineEnd(EXIT_OK, "ended by `launcher down`")
             case "pause" | "resume":
                 self._pause_or_resume(client, op == "pause")
+            case "swap":
+                self._swap(client, request)
+            case "kill":
+                self._kill(client, str(request.get("device")))
             case "timing-on" | "timing-off":
                 self._endpoint.send(CPU, Timing(op == "timing-on"))
                 self._control.answer(client, {})
@@ -308,6 +329,52 @@ class Supervisor:
             self._control.answer(client, {"error": str(e)})
         else:
             self._control.answer(client, {})
+
+    def _swap(self, client: int, request: dict[str, Any]) -> None:
+        node = str(request.get("device"))
+        try:
+            spec, process = self._device(node)
+            control = process.control
+            if control is None or not process.ready:
+                raise SwapRefused(f"{node}: it has no process at the moment")
+            with_type, settings = request.get("type") or spec.config["type"], request.get("settings") or {}
+            settings = {**spec.config["settings"], **settings}
+            new = replace(spec, config={**spec.config, "type": with_type, "settings": settings})
+            tell_cpu = partial(self._endpoint.send, CPU, Attend(node))
+            done = swap(node, process.child, control, new, self._fork_device, tell_cpu)
+        except SwapRefused as e:
+            self._control.answer(client, {"error": str(e)})
+            return
+        old = process.child
+        process.child, process.control = done.child, done.control
+        process.swaps += 1
+        process.restarts.started(time.monotonic())
+        pin(done.child.pid, spec.host_cpus)
+        report.wait_for_end(old.pidfd)
+        os.close(old.pidfd)
+        control.close()
+        others = tuple(new if s.node == node else s for s in self._launch.others)
+        self._launch = replace(self._launch, others=others)
+        reply = {"type": with_type, "old": old.pid, "new": done.child.pid, "pause_ns": done.pause_ns}
+        self._control.answer(client, reply)
+
+    def _kill(self, client: int, node: str) -> None:
+        try:
+            _, process = self._device(node)
+            if not process.ready:
+                raise SwapRefused(f"{node}: it has no process at the moment")
+        except SwapRefused as e:
+            self._control.answer(client, {"error": str(e)})
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process.child.pidfd, signal.SIGKILL)
+        self._control.answer(client, {"pid": process.child.pid})
+
+    def _device(self, node: str) -> tuple[ChildSpec, Process]:
+        for spec in self._launch.others:
+            if spec.node == node and node in self._journals:
+                return spec, self._processes[node]
+        raise SwapRefused(f"{node!r} is no device of this machine; these are: {', '.join(self._journals)}")
 
     def _answer_ps(self) -> None:
         for request in list(self._ps_requests):
@@ -349,6 +416,8 @@ class Supervisor:
             self._journal.log(node, process.log)
             self._journal.tell(f"{report.obituary(node, process, status)}; it is restarted {when}")
             os.close(process.child.pidfd)
+            if process.control is not None:
+                process.control.close()
             process.ready = False
             process.last_words = ""
             return
@@ -363,7 +432,7 @@ class Supervisor:
         for spec in self._launch.others:
             process = self._processes.get(spec.node)
             if process is not None and process.restarts.due_s is not None and process.restarts.due_s <= now_s:
-                process.child = self._forkserver.fork(spec)
+                process.child, process.control = self._fork_device(spec)
                 process.restarts.started(now_s)
                 pin(process.child.pid, spec.host_cpus)
 

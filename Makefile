@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling soak profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling soak model profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make bench-scaling  boot time and memory for guests of 64 MiB, 512 MiB and 2 GiB"
 	@echo "make soak        a fork storm for MINUTES=60: mappings and memory must stay flat"
+	@echo "make model       every run of the protocol of live swap, up to a bound: states and transitions"
 	@echo "make profile     where guest time goes, in a boot of Linux"
 	@echo "make clean       remove what was built; distclean: the virtual environment too"
 
@@ -67,6 +68,10 @@ conformance: OUT ?= $(if $(CASES),build,docs)/conformance.md
 conformance: setup
 	@$(PY) -m tests.insn.conform $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(MINUTES),--minutes $(MINUTES)) --out $(OUT)
+
+# tests/bus/test_protocol.py has the smaller scenarios.
+model: setup
+	@$(PY) -m tests.bus.protocol_explore
 
 SECONDS ?= 60
 

@@ -246,7 +246,6 @@ class Endpoint:
         if stream is None:
             stream = self._asked[identity] = Stream(self.counters, self.now_ns)
         if parts == [b""]:  # it has connected
-            stream.connected()
             self.connections[identity.decode(NAMES)] = self.now_ns()
             self._to_router(identity, stream.resume())
             for data in stream.repeat():

@@ -58,7 +58,7 @@ class Stream:
         self._under_way = 0  # how many of the retained the transport was given
         self.seen = 0  # number of the last frame taken
         self._told = 0  # the last `ack` sent
-        self._gap = False  # Resume was said, and the frame that it asks for has not come
+        self._gap = 0  # Resume was said and the frame that it asks for has not come: the last one that has
 
     def positions(self) -> tuple[int, int]:
         """Numbers of the last frames sent and taken."""
@@ -146,26 +146,23 @@ class Stream:
                 return header, frame
             assert bad is not None
             raise bad
-        if header.seq > self.seen and not self._gap:
-            self._gap = True
-            return Need.RESUME
-        return None
+        if header.seq <= self.seen:
+            return None
+        ask = not self._gap or header.seq <= self._gap  # <=: a repetition that lacks it, too
+        self._gap = header.seq
+        return Need.RESUME if ask else None
 
     def _judge(self, seq: int) -> bool:
         """Is it the next one?"""
         if seq == self.seen + 1:
             self.seen = seq
-            self._gap = False
+            self._gap = 0
             return True
         if 0 < seq <= self.seen:
             self._counters.duplicated += 1
         elif seq:
             self._counters.lost += 1
         return False
-
-    def connected(self) -> None:
-        """The other side has connected (anew): what it sent before may be lost."""
-        self._gap = False
 
     def _acknowledged(self, ack: int) -> None:
         if self._acked < ack <= self._sent:
@@ -185,7 +182,7 @@ class Stream:
         self._retained = deque(retained)
         self._under_way = 0
         self._told = 0
-        self._gap = False
+        self._gap = 0
 
 
 def id_source(node: str, now_ns: int) -> Iterator[int]:

@@ -34,6 +34,7 @@ def feed(order: list[int]) -> tuple[list[int | Need], Counters]:
         ([0, 3, 4], [0, Need.RESUME], 2, 0),  # asked for once
         ([0, 2, 1, 2], [0, Need.RESUME, 1, 2], 1, 0),
         ([0, 2, 1, 3], [0, Need.RESUME, 1, Need.RESUME], 2, 0),
+        ([0, 3, 4, 2, 3], [0, Need.RESUME, Need.RESUME], 4, 0),  # a repetition that lacks 1, too
         ([0, 1, 1, 2], [0, 1, 2], 0, 1),
         ([0, 1, 2, 1, 3], [0, 1, 2, 3], 0, 1),
         ([0, 1, 2, 0, 1], [0, 1, 2], 0, 2),

@@ -19,6 +19,7 @@ class Control:
     def __init__(self, fd: int) -> None:
         self._sock = socket.socket(fileno=fd)
         self.wants_to_know = False
+        self._number = 0  # of the last "retire"
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -46,7 +47,7 @@ class Control:
 
     def retired(self) -> None:
         """Say that this process has let go, and wait until it shall go on; SystemExit when it shall end."""
-        self._say(op="retired", ns=time.monotonic_ns())
+        self._say(op="retired", number=self._number, ns=time.monotonic_ns())
         if self._hear() != "resume":
             raise SystemExit(0)
 
@@ -56,4 +57,6 @@ class Control:
 
     def _hear(self) -> str:
         data = self._sock.recv(RECORD_MAX)
-        return str(msgpack.unpackb(data)["op"]) if data else ""
+        record: dict[str, Any] = msgpack.unpackb(data) if data else {"op": ""}
+        self._number = record.get("number", self._number)
+        return str(record["op"])

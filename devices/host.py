@@ -396,12 +396,13 @@ def run(config: dict[str, Any]) -> None:
         if parsed.standby and control is not None:
             _try_out(parsed)
             control.stand_by()
-        status = RETIRED
+        status, told = RETIRED, False
         while status == RETIRED:
             host = Host(parsed, control)
             signal.signal(signal.SIGTERM, partial(_stop, host))
-            if parsed.standby and control is not None:
-                control.live()
+            if parsed.standby and control is not None and not told:
+                control.live()  # once: not when it resumes because a later one has failed
+                told = True
             status = host.run()
             if status == RETIRED:
                 assert control is not None

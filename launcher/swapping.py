@@ -1,13 +1,16 @@
 """A device's process replaced by another while the guest runs: the protocol between launcher and processes.
 
 Each process of a device has a control socket (memory_node/wire.py). The new one is started beside the old:
-  new  {"op": "standing-by"}            it has loaded its class, and the present state fits; else {"op":
-  "refused", error} old  <- {"op": "retire"}              it ends its step and lets its sockets and disks
-  go: old  {"op": "retired", ns} new  <- {"op": "take-over"}           it goes on from the journal: new
-  {"op": "live"}                   else {"op": "refused", error} new  {"op": "connected", ns}          the
-  CPU's connection has been answered old  <- {"op": "end"}                 or {"op": "resume"}, when the new
-  one is not live Whatever goes wrong before `live`, the old process goes on. docs/live-swap.md has the
-  pictures.
+
+  new -> {"op": "standing-by"}         its class is loaded, the state fits; else {"op": "refused", error}
+  old <- {"op": "retire", number}      it ends its step and lets its sockets and disks go:
+  old -> {"op": "retired", number, ns}
+  new <- {"op": "take-over"}           it goes on from the journal:
+  new -> {"op": "live"}                else {"op": "refused", error}
+  new -> {"op": "connected", ns}       the CPU's connection has been answered
+  old <- {"op": "end"}                 or {"op": "resume"}, when the new one is not live
+
+Whatever goes wrong before `live`, the old process goes on. docs/live-swap.md has the pictures.
 """
 
 from __future__ import annotations
@@ -58,8 +61,9 @@ def swap(
     child, control = fork(replace(spec, config={**spec.config, "standby": True}))
     try:
         _expect(node, "standing-by", control, child, STANDBY_S)
-        _send(old_control, "retire")
-        retired = _answer(old_control, old, RETIRE_S)
+        number = time.monotonic_ns()
+        _send(old_control, "retire", number=number)
+        retired = _answer(old_control, old, RETIRE_S, "retired", number)
         if retired is None:
             _send(old_control, "resume")
             raise SwapRefused(f"{node}: its process (pid {old.pid}) has not ended its step in {RETIRE_S:g} s")
@@ -76,9 +80,9 @@ def swap(
         control.close()
         raise
     on_live()
-    connected = _answer(control, child, CONNECTED_S)
+    connected = _answer(control, child, CONNECTED_S, "connected")
     _send(old_control, "end")
-    pause_ns = connected["ns"] - retired["ns"] if connected is not None and "ns" in connected else None
+    pause_ns = connected["ns"] - retired["ns"] if connected is not None else None
     return Swapped(child, control, pause_ns)
 
 
@@ -91,13 +95,19 @@ def _expect(node: str, op: str, control: socket.socket, child: Child, timeout_s:
         raise SwapRefused(f"{node}: {answer.get('error', answer['op'])}")
 
 
-def _send(control: socket.socket, op: str) -> None:
+def _send(control: socket.socket, op: str, **fields: Any) -> None:
     with contextlib.suppress(OSError):
-        wire.send_record(control, {"op": op})
+        wire.send_record(control, {"op": op, **fields})
 
 
-def _answer(control: socket.socket, child: Child, timeout_s: float) -> dict[str, Any] | None:
-    """The next record; None when the process has ended, or the time is over."""
+def _answer(
+    control: socket.socket, child: Child, timeout_s: float, op: str = "", number: int | None = None
+) -> dict[str, Any] | None:
+    """The next record; None when the process has ended, or the time is over.
+
+    `op`, `number`: the next of those. What an earlier swap left is passed over: taken for this one's
+    "retired" it would make two processes write one journal.
+    """
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         readable = select.select([control.fileno(), child.pidfd], [], [], left)[0]
@@ -106,8 +116,12 @@ def _answer(control: socket.socket, child: Child, timeout_s: float) -> dict[str,
                 received = wire.receive_record(control)
             except OSError:
                 return None
-            return None if received is None else received[0]
-        if readable:
+            if received is None:
+                return None
+            record: dict[str, Any] = received[0]
+            if op in ("", record["op"]) and record.get("number") == number:
+                return record
+        elif readable:
             return None
     return None
 

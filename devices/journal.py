@@ -18,9 +18,8 @@ import msgspec
 
 HALF = 64 << 20
 WORDS = 512
-_MAGIC, _COMMITTED, _LENGTHS, _DMA, _INPUT, _BEGUN = 0, 1, 2, 4, 5, 6  # words
-MAGIC = 0x31304C4E524A5042  # "BPJRNL01"
-_COUNT_BITS = 24  # of the word _DMA: how many writes are done; above them, of which commit
+_MAGIC, _COMMITTED, _LENGTHS, _DMA, _INPUT, _BEGUN = 0, 1, 2, 4, 6, 7  # words; two of _LENGTHS and _DMA
+MAGIC = 0x32304C4E524A5042  # "BPJRNL02"
 
 
 class JournalFull(RuntimeError):
@@ -86,7 +85,7 @@ class Journal:
         words[_BEGUN] = begun = words[_BEGUN] + 1
         return begun
 
-    def commit(self, record: tuple[Any, ...]) -> None:
+    def commit(self, record: tuple[Any, ...], dma_done: int = 0) -> None:
         """From here on this is what a new process finds. `record` has Record's fields, in their order."""
         data = self._encoder.encode(record)
         if len(data) > HALF:
@@ -96,6 +95,7 @@ class Journal:
         start = WORDS * 8 + half * HALF
         self._memory[start : start + len(data)] = data
         self._words[_LENGTHS + half] = len(data)
+        self._words[_DMA + half] = dma_done
         self._words[_COMMITTED] = number
         self._words[_INPUT] = 0
 
@@ -108,8 +108,7 @@ class Journal:
         word, begun = self._words[_INPUT], self._words[_BEGUN]
         self.commit(msgspec.structs.astuple(
             msgspec.structs.replace(record, streams=(asked, {**asking, peer: stream}))
-        ))  # fmt: skip
-        self.dma_written(done)
+        ), done)  # fmt: skip
         self._words[_INPUT], self._words[_BEGUN] = word, begun
 
     def latest(self) -> Record | None:
@@ -124,9 +123,8 @@ class Journal:
 
     def dma_written(self, count: int) -> None:
         """So many DMA writes of the last step are done."""
-        self._words[_DMA] = self._words[_COMMITTED] << _COUNT_BITS | count
+        self._words[_DMA + (self._words[_COMMITTED] & 1)] = count
 
     def dma_done(self) -> int:
         """How many DMA writes of the last step are known to be done; one more may be."""
-        word = self._words[_DMA]
-        return word & (1 << _COUNT_BITS) - 1 if word >> _COUNT_BITS == self._words[_COMMITTED] else 0
+        return self._words[_DMA + (self._words[_COMMITTED] & 1)]

@@ -80,6 +80,50 @@ def test_what_is_said_outside_a_step_changes_only_its_stream(fd: int) -> None:
     assert (again.dma_done(), again.begin(InputKey("cpu0.io", 9))) == (2, 2)
 
 
+class Killed(Exception):
+    """In place of the end of the process."""
+
+
+class Words:
+    """A journal's words, for a process that ends at the store behind the n-th."""
+
+    def __init__(self, words: Any, stores: int) -> None:
+        self._words, self._left = words, stores
+
+    def __getitem__(self, at: int) -> int:
+        return int(self._words[at])
+
+    def __setitem__(self, at: int, value: int) -> None:
+        if not self._left:
+            raise Killed
+        self._left -= 1
+        self._words[at] = value
+
+
+@pytest.mark.parametrize("amended", [False, True])
+def test_wherever_a_process_ends_record_and_dma_count_belong_together(amended: bool) -> None:
+    killed = 0
+    for stores in range(20):
+        fd = Journal.make("dev")
+        journal = Journal(fd)
+        journal.commit(record(1))
+        journal.dma_written(2)
+        journal._words = Words(journal._words, stores)  # type: ignore[assignment]
+        try:
+            if amended:
+                journal.amend("launcher", (5, 4, 0, []))
+            else:
+                journal.commit(record(2))
+        except Killed:
+            killed += 1
+        again = Journal(fd)
+        latest = again.latest()
+        assert latest is not None
+        assert (latest.fields["n"], again.dma_done()) in ([(1, 2)] if amended else [(1, 2), (2, 0)])
+        os.close(fd)
+    assert 3 <= killed < 20
+
+
 @given(lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=8))
 def test_records_of_any_length(lengths: list[int]) -> None:
     fd = Journal.make("dev")

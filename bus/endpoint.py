@@ -25,6 +25,7 @@ from bus.stream import Need, Plain, Positions, Stream, id_source
 FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
 LINGER_MS = 1000  # how long close() waits for what was sent to leave
 NEVER_NS = 1 << 62
+UNNAMED = b"\0"  # begins the names that ZeroMQ gives
 NAMES = "latin-1"  # any identity survives the round trip, node names are ASCII
 EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # the enumerations cost a microsecond per look
 
@@ -242,6 +243,8 @@ class Endpoint:
 
     def _from_router(self, router: zmq.Socket[bytes]) -> Received | None:
         identity, *parts = router.recv_multipart()
+        if identity.startswith(UNNAMED):
+            return None  # from a connection that another of the same name has replaced: it comes again there
         stream = self._asked.get(identity)
         if stream is None:
             stream = self._asked[identity] = Stream(self.counters, self.now_ns)

@@ -173,7 +173,7 @@ class Host:
                 back_end.close(FLUSH_S)
             if self._news:
                 self._end_step(None)
-            self._endpoint.close(0 if self._retiring else LINGER_MS)  # the journal has what hasn't left
+            self._endpoint.close(LINGER_MS if self._stopping or self._journal is None else 0)
             self._disks.close()
 
     # --- devices.slot.Outside -----------------------------------------------------------------------

@@ -18,7 +18,8 @@ import msgspec
 
 HALF = 64 << 20
 WORDS = 512
-_MAGIC, _COMMITTED, _LENGTHS, _DMA, _INPUT, _BEGUN = 0, 1, 2, 4, 6, 7  # words; two of _LENGTHS and _DMA
+_MAGIC, _COMMITTED, _LENGTHS, _DMA, _BEGUN = 0, 1, 2, 4, 8  # words; two of _LENGTHS and _DMA
+_UNFINISHED = 8  # steps begun and not committed: pairs of words from _BEGUN on, input and how often
 MAGIC = 0x32304C4E524A5042  # "BPJRNL02"
 
 
@@ -66,6 +67,7 @@ class Journal:
         if self._words[_MAGIC] not in (0, MAGIC):
             raise BadJournal("not a journal of this version")
         self._words[_MAGIC] = MAGIC
+        self._begun: int | None = None  # the word of the step that this process has begun
         self._encoder = msgspec.msgpack.Encoder()
 
     @staticmethod
@@ -79,10 +81,14 @@ class Journal:
         """A step about this input begins; how often it has begun, this time included, without being
         committed."""
         words, word = self._words, key.to_word()
-        if words[_INPUT] != word:
-            words[_BEGUN] = 0  # first: a process that ends here has begun nothing
-            words[_INPUT] = word
-        words[_BEGUN] = begun = words[_BEGUN] + 1
+        pairs = range(_BEGUN, _BEGUN + 2 * _UNFINISHED, 2)
+        at = next((at for at in pairs if words[at] == word), None)
+        if at is None:
+            at = min(pairs, key=lambda at: words[at + 1])
+            words[at + 1] = 0  # first: a process that ends here has begun nothing
+            words[at] = word
+        words[at + 1] = begun = words[at + 1] + 1
+        self._begun = at
         return begun
 
     def commit(self, record: tuple[Any, ...], dma_done: int = 0) -> None:
@@ -97,7 +103,9 @@ class Journal:
         self._words[_LENGTHS + half] = len(data)
         self._words[_DMA + half] = dma_done
         self._words[_COMMITTED] = number
-        self._words[_INPUT] = 0
+        if self._begun is not None:
+            self._words[self._begun + 1] = self._words[self._begun] = 0
+            self._begun = None
 
     def amend(self, peer: str, stream: Any) -> None:
         """The last step again, but with this stream to a peer: what is sent outside of any step."""
@@ -105,11 +113,10 @@ class Journal:
         if record is None:
             return
         asked, asking = record.streams
-        word, begun = self._words[_INPUT], self._words[_BEGUN]
+        self._begun = None
         self.commit(msgspec.structs.astuple(
             msgspec.structs.replace(record, streams=(asked, {**asking, peer: stream}))
         ), done)  # fmt: skip
-        self._words[_INPUT], self._words[_BEGUN] = word, begun
 
     def latest(self) -> Record | None:
         """The last step committed; None before the first."""

@@ -65,7 +65,8 @@ GADGET, HUB = f"{parts.__file__}:Gadget", f"{parts.__file__}:Hub"
 
 def start(module: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
     program = START.format(module=module)
-    return subprocess.Popen([sys.executable, "-c", program, msgpack.packb(config).hex()], cwd=ROOT)
+    command = [sys.executable, "-c", program, msgpack.packb(config).hex()]
+    return subprocess.Popen(command, cwd=ROOT, pass_fds=tuple(config.get("fds", {}).values()))
 
 
 class Machine:

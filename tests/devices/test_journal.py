@@ -55,6 +55,24 @@ def test_how_often_a_step_was_begun(fd: int) -> None:
     assert journal.begin(InputKey("pit", 8)) == 1
     journal.commit(record(1))
     assert journal.begin(InputKey("pit", 8)) == 1  # committed: it can only be another with the same name
+    assert Journal(fd).begin(InputKey("cpu0.io", 7)) == 4  # whatever came between
+
+
+def test_what_is_committed_besides_does_not_count(fd: int) -> None:
+    for n in range(1, 5):
+        journal = Journal(fd)
+        journal.commit(record(0))  # what a new process says of itself
+        assert journal.begin(InputKey("pit", 1)) == 1
+        journal.commit(record(1))
+        assert journal.begin(InputKey("cpu0.io", 5)) == n
+
+
+def test_of_many_unfinished_steps_the_worst_are_remembered(fd: int) -> None:
+    for _ in range(3):
+        Journal(fd).begin(InputKey("cpu0.io", 1))
+    for n in range(100):
+        Journal(fd).begin(InputKey("pit", n))
+    assert Journal(fd).begin(InputKey("cpu0.io", 1)) == 4
 
 
 def test_dma_counts_are_those_of_the_last_step(fd: int) -> None:

@@ -62,6 +62,7 @@ from cpu_node.lapic import LocalApic
 from cpu_node.node_config import NodeConfig
 from cpu_node.rdtsc import OFFSET_FLAG
 from cpu_node.standing import Standing
+from cpu_node.state import CpuStateMismatch
 from cpu_node.store import Store, version
 from cpu_node.tlb import HOST_FLAG
 from memory_node.client import attach
@@ -184,7 +185,12 @@ class Node:
         if self.config.state is None:
             engine.start(self.config.start)
         else:
-            self.intr = self._standing.load(self.config.state)
+            try:
+                self.intr = self._standing.load(self.config.state)
+            except CpuStateMismatch as error:
+                self._send(Event("refused", f"{self.config.node}: {error}"))
+                self.close()
+                return
             if not self._paused:
                 self._standing.go_on(self.config.clock_offset_ns)
         gc.freeze()  # what is there now stays; what comes is mostly lines, which stay, too

@@ -50,7 +50,7 @@ from bus.grants import GrantRefused, attach
 from bus.link import BadRunDir
 from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
-from devices.base import StateMismatch
+from devices.base import Device, StateMismatch
 from devices.control import Control
 from devices.disks import BadDisk, Disks
 from devices.dma import GuestRam
@@ -124,7 +124,21 @@ class Host:
         }
         clock = (config.clock_offset_ns, config.clock_stopped_ns) if record is None else record.clock
         self._clock = MachineClock(*clock)
-        self._slot = Slot(
+        try:
+            self._slot = self._make_slot(cls, settings, record)
+        except StateMismatch as error:
+            self.to_launcher(Event("refused", f"{config.node}: {error}"))
+            self._endpoint.close()
+            raise
+        if self._journal is not None and record is not None:
+            self._slot.finish(self._journal.dma_done())
+        self._wake, self._wake_signal = socket.socketpair()
+        self._wake.setblocking(False)
+        self._wake_signal.setblocking(False)
+
+    def _make_slot(self, cls: type[Device[Any]], settings: Any, record: Record | None) -> Slot:
+        config = self._config
+        return Slot(
             config.node,
             cls,
             settings,
@@ -137,11 +151,6 @@ class Host:
             config.state if record is None else None,
             None if record is None else _kept(record),
         )
-        if self._journal is not None and record is not None:
-            self._slot.finish(self._journal.dma_done())
-        self._wake, self._wake_signal = socket.socketpair()
-        self._wake.setblocking(False)
-        self._wake_signal.setblocking(False)
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler."""

@@ -1,8 +1,8 @@
 """The control socket of a running machine: what `launcher ps` and `launcher down` talk to.
 
 One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
-of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {}. A request
-may carry arguments besides; what can't be done is answered with {"error": one line}.
+of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {};
+{"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}. What can't be done: {"error": one line}.
 An answer may come later than the request; the connection stays open until then.
 """
 
@@ -19,8 +19,11 @@ from typing import Any
 from launcher.errors import EXIT_DIED, LauncherError
 from memory_node import wire
 
-OPERATIONS = ("ps", "stats", "timing-on", "timing-off", "pause", "resume", "swap", "kill", "down")
+OPERATIONS = (
+    "ps", "stats", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill", "down",
+)  # fmt: skip
 ANSWER_S = 10.0
+SNAPSHOT_S = 3600.0  # 3 GiB to a slow disk
 DOWN_MS = 30_000  # longer than the supervisor is polite
 
 

@@ -68,6 +68,12 @@ class Journal:
             else:
                 print(f"{self._machine}: {line}", file=sys.stderr, flush=True)
 
+    def tell_end(self, line: str) -> None:
+        """Why the machine has ended, and what was not told meanwhile."""
+        self.tell(line)
+        if hidden := self.hidden():
+            self.tell(f"not shown at log level {LEVELS[self._threshold]}: {hidden}")
+
     def hidden(self) -> str:
         """What was not told because of the level, like "12 open-bus, 2 unknown-msr"; "" if nothing."""
         return ", ".join(f"{n} {kind}" for kind, n in sorted(self._hidden.items()))

@@ -1,4 +1,4 @@
-"""The command line: `launcher up | down | pause | resume | ps | stats | console | check | version`.
+"""The command line: `launcher up | down | pause | resume | snapshot | restore | ps | ...`.
 
 Imports little at its top, so that Ctrl-C has its quiet effect from the start.
 """
@@ -66,6 +66,10 @@ def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], Host
             return _down(options)
         case "pause" | "resume":
             return _pause_or_resume(options)
+        case "snapshot":
+            return _snapshot(options)
+        case "restore":
+            return _restore(options, entries)
         case "console":
             return _console(options)
         case "swap" | "dev" | "kill":
@@ -116,6 +120,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(commands.add_parser(
         "resume", help="let a paused machine go on", description="Let a paused machine go on from its time."
     ))
+    snapshot = commands.add_parser(
+        "snapshot",
+        help="write a running machine into a file",
+        description="Write all of a machine, its memory, CPU and devices, into one file. It stands while "
+        "that is done, and goes on afterwards if it ran. Disks are not copied: see docs/snapshots.md.",
+    )
+    snapshot.add_argument("machine", help="the machine's name")
+    snapshot.add_argument("file", type=Path, metavar="FILE", help="replaced if it exists")
+    restore = commands.add_parser(
+        "restore",
+        help="start a machine from a snapshot",
+        description="Start the machine of a snapshot where it was. Several may run side by side, each under "
+        "a name of its own; what they write to disks is their own, and gone when they end.",
+    )
+    restore.add_argument("file", type=Path, metavar="FILE", help="what `launcher snapshot` wrote")
+    restore.add_argument("--name", help="call the machine this instead of what it was called")
+    restore.add_argument("--detach", action="store_true", help="return when it runs, and leave it running")
+    restore.add_argument("--paused", action="store_true", help="let it stand until `launcher resume`")
+    restore.add_argument("--until", type=_text, metavar="TEXT", help="end it when TEXT is on its console")
+    restore.add_argument("--timeout", type=_seconds, metavar="S", help="end it after S seconds, status 4")
+    restore.add_argument("--log-level", choices=LEVELS, default=DEFAULT_LEVEL, help="as of `up`")
     ps = commands.add_parser(
         "ps",
         help="list the processes of running machines",
@@ -289,6 +314,33 @@ def _live(options: Any) -> int:
             return live.develop(run_dir, options.device, options.watch)
         case _:
             return live.kill(run_dir, options.device)
+
+
+def _snapshot(options: Any) -> int:
+    from launcher.control import SNAPSHOT_S, ask
+    from launcher.rundir import CONTROL
+
+    path = _running(options.machine)
+    answer = ask(path / CONTROL, "snapshot", path.name, SNAPSHOT_S, file=str(options.file.absolute()))
+    stood = f"; it stood for {answer['stood_ns'] / 1e6:.0f} ms" if answer["stood_ns"] else ""
+    print(f"{path.name}: {options.file}, {answer['size'] / (1 << 20):.1f} MiB{stood}")
+    return EXIT_OK
+
+
+def _restore(options: Any, entries: EntryPoints | None) -> int:
+    from launcher.entries import EntryPoints
+    from launcher.restore import RestoreOptions, restore
+
+    chosen = RestoreOptions(
+        file=options.file,
+        name=options.name,
+        detach=options.detach,
+        paused=options.paused,
+        until=options.until,
+        timeout_s=options.timeout,
+        log_level=options.log_level,
+    )
+    return restore(chosen, entries or EntryPoints())
 
 
 def _console(options: Any) -> int:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from devices.host import console_path
+from devices.registry import make_settings
 from launcher.affinity import CoreLoad, check_host_cpu, dialogue_cores
 from launcher.checks import HostFacts, check_host, check_memory
 from launcher.config import LinuxBoot, MachineConfig, read_config
 from launcher.daemon import OnReady
 from launcher.entries import EntryPoints
+from launcher.facts import MachineDisk, MachineFacts
 from launcher.forkserver import ForkServer
 from launcher.journal import Journal
 from launcher.options import UpOptions
@@ -19,7 +21,7 @@ from launcher.plan import MachinePlan, child_specs, make_plan
 from launcher.pump import Pump
 from launcher.rundir import RunDir
 from launcher.signals import Signals
-from launcher.supervisor import Launch, MachineEnd, Supervisor
+from launcher.supervisor import Launch, Supervisor
 from launcher.tsc_unsafe import TscClock
 
 KEPT = ".kept"  # files of translations
@@ -67,6 +69,7 @@ def run_machine(
             start=plan.boot.start,
             console=console_path(run_dir.path, plan.console) if plan.console else None,
             stop_on_reset=_stops(options, config),
+            facts=_facts(plan),
         )
         journal = Journal(config.machine.name, options.log_level)
         if first := first_translation(config):
@@ -74,7 +77,7 @@ def run_machine(
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
         log = run_dir.path.with_name(f"{config.machine.name}.log")
         end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)
-        _tell_end(journal, end, options.log_level)
+        journal.tell_end(end.line)
         return end.status
 
 
@@ -86,11 +89,18 @@ def first_translation(config: MachineConfig) -> str | None:
     return f"first start: the guest's code is translated as it runs, and kept in {folder} for the next"
 
 
+def _facts(plan: MachinePlan) -> MachineFacts:
+    config = plan.config
+    text = config.file.read_text(encoding="utf-8")
+    disks = []
+    for device in plan.devices:
+        settings = make_settings(device.cls, device.table.settings)
+        for disk in device.cls.DISKS:
+            path, read_only = getattr(settings, disk.setting), bool(getattr(settings, disk.read_only))
+            disks.append(MachineDisk(device.table.name, disk.name, Path(path), read_only))
+    file = str(config.file.absolute())
+    return MachineFacts(config.machine.name, file, text, plan.console, config.cpu.host_cpu, tuple(disks))
+
+
 def _stops(options: UpOptions, config: MachineConfig) -> bool:
     return (options.on_reset or config.machine.on_reset) == "stop"
-
-
-def _tell_end(journal: Journal, end: MachineEnd, level: str) -> None:
-    journal.tell(end.line)
-    if hidden := journal.hidden():
-        journal.tell(f"not shown at log level {level}: {hidden}")

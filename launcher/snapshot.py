@@ -1,6 +1,6 @@
 """Snapshot files: one file holds a machine, and says so in a way that can be checked.
 
-    prelude, 64 bytes   magic, format, offset and length of the index, the index's checksum
+    prelude, 48 bytes   magic, format, offset and length of the index, the index's checksum
     frames              memory (memory_node/snapshot.py), then boot images, then disks' changes; zstd each
     index               msgpack: see Index
 
@@ -17,16 +17,26 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from launcher.errors import ConfigError
-from memory_node.snapshot import Damaged, Piece, compress, decompress, digest, pieces_of, read, restore
+from memory_node.snapshot import (
+    DIGEST,
+    Damaged,
+    Piece,
+    compress,
+    decompress,
+    digest,
+    pieces_of,
+    read,
+    restore,
+)
 
 FORMAT = 1  # of file, index and what nodes are told; state records have versions of their own
 MAGIC = b"BPSNAP\x0d\n"
-_PRELUDE = struct.Struct("<8sIIQQ16s16x")
+_PRELUDE = struct.Struct("<8sIIQQ16s")
 INDEX_MAX = 256 << 20
 SUFFIX_OF_UNFINISHED = ".unfinished"
 
@@ -51,7 +61,7 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 class DiskUse(msgspec.Struct, frozen=True):
     """A disk that the machine has: the file, and what tells that nobody has written to it since.
 
-    `changes`: what the machine has written, where that isn't in the file itself (devices/overlay.py).
+    `changes`: of a machine that was restored, its overlay (devices/overlay.py), as memory is kept.
     """
 
     node: str
@@ -60,7 +70,8 @@ class DiskUse(msgspec.Struct, frozen=True):
     read_only: bool
     size: int = 0
     mtime_ns: int = 0
-    changes: Frame | None = None
+    overlay_size: int = 0
+    changes: list[Piece] | None = None
 
 
 class NodeRecord(msgspec.Struct, frozen=True):
@@ -76,6 +87,7 @@ class Index(msgspec.Struct, frozen=True):
     clock_ns: int  # where the machine's clock stood
     stop_on_reset: bool
     console: str | None
+    host_cpu: int | Literal["auto", "any"]
     start: dict[str, int]  # registers after a reset
     memory_size: int
     pieces: list[Piece]
@@ -109,6 +121,17 @@ class Snapshot:
         with self._refusing():
             restore(memory, self.index.memory_size, self._fd, self.index.pieces)
 
+    def fill_overlay(self, disk: DiskUse, path: Path) -> None:
+        """Make the overlay of a disk, with the changes that the snapshot holds; BadSnapshot, OSError."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if disk.changes is not None:
+                os.ftruncate(fd, disk.overlay_size)
+                with self._refusing():
+                    restore(fd, disk.overlay_size, self._fd, disk.changes)
+        finally:
+            os.close(fd)
+
     def frame(self, frame: Frame, what: str) -> bytes:
         """A frame's contents; BadSnapshot."""
         with self._refusing():
@@ -137,7 +160,7 @@ class Snapshot:
         if size > offset + length or length > INDEX_MAX:
             raise self._altered("its length is wrong")
         data = os.pread(self._fd, length, offset)
-        if digest(prelude[:-32] + data) != wanted:
+        if digest(prelude[:-DIGEST] + data) != wanted:
             raise self._altered("the checksum of its index is wrong")
         try:
             return msgspec.msgpack.decode(data, type=Index)
@@ -155,7 +178,7 @@ class Snapshot:
         try:
             yield
         except Damaged as e:
-            raise self._altered(str(e).replace(" is damaged: its checksum is wrong", ": wrong checksum")) from e
+            raise self._altered(str(e)) from e
 
 
 class SnapshotImages:
@@ -211,10 +234,10 @@ class Writer:
     def finish(self, index: Index) -> int:
         """The file is complete; its size."""
         data = msgspec.msgpack.encode(index)
-        head = _PRELUDE.pack(MAGIC, FORMAT, 0, self._at, len(data), bytes(16))[:-32]
+        head = _PRELUDE.pack(MAGIC, FORMAT, 0, self._at, len(data), bytes(DIGEST))[:-DIGEST]
         self._put(data)
         self._file.seek(0)
-        self._file.write(head + digest(head + data) + bytes(16))
+        self._file.write(head + digest(head + data))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -14,11 +14,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bus.endpoint import Endpoint, Received
 from bus.frames import (
@@ -39,7 +39,8 @@ from devices.journal import Journal as DeviceJournal
 from launcher import report
 from launcher.affinity import pin
 from launcher.control import ControlServer
-from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
+from launcher.errors import EXIT_DIED, EXIT_INPUT, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
+from launcher.facts import MachineFacts
 from launcher.forkserver import Child, ChildSpec, ForkServer
 from launcher.journal import Journal
 from launcher.pausing import NotQuiet, Pausing
@@ -50,6 +51,10 @@ from launcher.rundir import CONTROL
 from launcher.signals import Signals
 from launcher.swapping import SwapRefused, swap
 from memory_node.client import MemoryClient, MemoryRefused
+
+if TYPE_CHECKING:
+    from launcher.restore import Restored
+    from launcher.snapshotting import Snapshots
 
 LAUNCHER = "launcher"
 SECOND_NS = 1_000_000_000
@@ -79,10 +84,12 @@ class Launch:
     run_dir: Path
     memory: ChildSpec
     others: tuple[ChildSpec, ...]  # the devices, then the CPU node
-    images: list[tuple[int, bytes]]
+    images: Iterable[tuple[int, bytes]]
     start: dict[str, int]
     console: Path | None  # socket of the console device, when someone wants to see it
     stop_on_reset: bool
+    facts: MachineFacts | None = None  # for snapshots
+    restored: Restored | None = None
 
 
 @dataclass(slots=True)
@@ -130,8 +137,9 @@ class Supervisor:
         self._started_ns = time.monotonic_ns()
         self._console_open = False
         self._endpoint = Endpoint(launch.run_dir, LAUNCHER)
-        self._pausing = Pausing(lambda node, frame: self._endpoint.request(node, frame, ANSWER_NS))
+        self._pausing = Pausing(self._ask)
         self._control = ControlServer(launch.run_dir / CONTROL)
+        self._snapshots: Snapshots | None = None  # made when the first is asked for
 
     def live(self, timeout_s: float | None, on_ready: Callable[[], None]) -> MachineEnd:
         """Start the machine, run it, end it; nothing of it is left when this returns why it ended."""
@@ -152,9 +160,13 @@ class Supervisor:
 
     def _start(self) -> None:
         self._endpoint.bind()
+        if self._launch.restored is not None:
+            self._pausing.begin_paused(self._launch.restored.clock_ns)
         self._fork(self._launch.memory)
         self._wait_for(lambda: self._processes[MEMORY].ready, START_S, "memory is not ready")
-        self._load_images()
+        restored = self._launch.restored
+        if restored is None:
+            self._load_images()
         *devices, cpu = self._launch.others
         for spec in (cpu, *devices):  # the CPU node has most to do before it is ready
             self._fork(spec)
@@ -165,6 +177,10 @@ class Supervisor:
             START_S,
             lambda: "not ready: " + ", ".join(n for n, p in self._processes.items() if not p.ready),
         )
+        if restored is not None:
+            restored.await_memory()
+            if not restored.stay_paused:
+                self._go_on()
         for spec in self._launch.others:
             pin(self._processes[spec.node].child.pid, spec.host_cpus)
         if self._pump is not None and self._launch.console is not None:
@@ -177,6 +193,8 @@ class Supervisor:
 
     def _fork(self, spec: ChildSpec) -> None:
         control: socket.socket | None = None
+        if spec.node != MEMORY:
+            spec = replace(spec, config={**spec.config, **self._pausing.node_config()})
         if spec.node in self._journals:
             child, control = self._fork_device(spec)
         else:
@@ -220,6 +238,8 @@ class Supervisor:
         if self._pump is not None:
             fds += [self._pump.sock.fileno(), self._pump.pidfd]
         fds += self._control.descriptors()
+        written = self._snapshots.descriptors() if self._snapshots is not None else []
+        fds += written
         readable, _ = self._endpoint.wait(self._wait_ns(timeout_ns), fds)
         for received in self._endpoint.receive():
             self._take_frame(received)
@@ -239,6 +259,8 @@ class Supervisor:
         for fd in readable.intersection(self._control.descriptors()):
             for client, request in self._control.readable(fd):
                 self._obey(client, request)
+        if self._snapshots is not None and readable.intersection(written):
+            self._snapshots.finish(self._devices())
         self._answer_ps()
 
     def _wait_ns(self, timeout_ns: int | None) -> int | None:
@@ -269,6 +291,8 @@ class Supervisor:
                 raise MachineEnd(EXIT_OK, f"powered off after {self._uptime_s():.1f} s")
             case Event(kind=kind) as event if kind in RESET_KINDS:
                 self._reset(received.peer, event)
+            case Event(kind="refused", text=text):
+                raise MachineEnd(EXIT_INPUT, f"not restored: {text}")
             case Event(kind="device-error" | "cpu-error", text=text):
                 if process is not None:
                     process.last_words = text
@@ -305,12 +329,16 @@ class Supervisor:
             case "down":
                 self._control.answer(client, {})
                 raise MachineEnd(EXIT_OK, "ended by `launcher down`")
+            case "pause" | "resume" if self._snapshots is not None and self._snapshots.busy:
+                self._control.answer(client, {"error": "a snapshot is being written"})
             case "pause" | "resume":
                 self._pause_or_resume(client, op == "pause")
             case "swap":
                 self._swap(client, request)
             case "kill":
                 self._kill(client, str(request.get("device")))
+            case "snapshot":
+                self._snapshot(client, request)
             case "timing-on" | "timing-off":
                 self._endpoint.send(CPU, Timing(op == "timing-on"))
                 self._control.answer(client, {})
@@ -321,10 +349,32 @@ class Supervisor:
                 deadline_ns = time.monotonic_ns() + STATS_NS
                 self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
 
-    def _pause_or_resume(self, client: int, pause: bool) -> None:
-        devices = [n for n in self._processes if n not in (CPU, MEMORY)]
+    def _devices(self) -> list[str]:
+        return [node for node in self._processes if node not in (CPU, MEMORY)]
+
+    def _go_on(self) -> None:
         try:
-            (self._pausing.pause if pause else self._pausing.resume)(CPU, devices)
+            self._pausing.resume(CPU, self._devices())
+        except NotQuiet as e:
+            self._turn(0)  # if one died, its pidfd says so
+            raise MachineEnd(EXIT_DIED, str(e)) from e
+
+    def _snapshot(self, client: int, request: dict[str, Any]) -> None:
+        if self._snapshots is None:
+            from launcher.snapshotting import Snapshots  # takes its time to import
+
+            self._snapshots = Snapshots(self._launch, self._pausing, self._ask, self._control.answer)
+        if self._snapshots.busy:
+            self._control.answer(client, {"error": "a snapshot is being written already"})
+        else:
+            self._snapshots.begin(client, request, self._devices())
+
+    def _ask(self, node: str, frame: Frame) -> Frame:
+        return self._endpoint.request(node, frame, ANSWER_NS)
+
+    def _pause_or_resume(self, client: int, pause: bool) -> None:
+        try:
+            (self._pausing.pause if pause else self._pausing.resume)(CPU, self._devices())
         except NotQuiet as e:
             self._control.answer(client, {"error": str(e)})
         else:
@@ -540,6 +590,8 @@ class Supervisor:
         if self._pump is not None:
             self._pump.finish(self._signals.descriptor)
         self._journal.console_ended()
+        if self._snapshots is not None:
+            self._snapshots.close()
         self._control.close()
         self._endpoint.close(linger_ms=0)  # there is nobody left to send to
 

@@ -2,7 +2,7 @@
 
 It is in nobody's way while the machine runs: the others map what it granted them. It answers on
 `memory.sock` (see memory_node/service.py) and, for supervision, on the bus.
-Left out: snapshots, DMA as messages.
+Left out: DMA as messages.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Answered = Ping | Reset | Stats
 
 
 def run(config: dict[str, Any]) -> None:
-    """Serve until Shutdown. `config`: run_dir, machine, regions (plain)."""
+    """Serve until Shutdown. `config`: run_dir, machine, regions (plain), perhaps fds of regions by name."""
     run_dir = Path(config["run_dir"])
-    store = Store(config["machine"], [Region.from_plain(plain) for plain in config["regions"]])
+    store = Store(config["machine"], [Region.from_plain(plain) for plain in config["regions"]],
+                  config.get("fds"))
     service = MemoryService(store)
     grants = GrantSocket(run_dir / SOCKET_NAME, service)
     try:

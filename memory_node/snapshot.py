@@ -1,7 +1,7 @@
 """Memory as part of a snapshot file: pieces of 1 MiB, each its pages that aren't zero, compressed.
 
-A piece is one zstd frame with a checksum of its own, so several threads pack and unpack (zstandard lets go of
-the interpreter lock), and so damage is found piece by piece. What was never written is not looked at. The same
+A piece is one zstd frame with a checksum of its own: several threads pack and unpack (zstandard lets go of
+the interpreter lock), and damage is found piece by piece. What was never written is not looked at. The same
 memory gives the same bytes.
 Left out: pages shared between snapshots; huge pages.
 """
@@ -79,7 +79,7 @@ def read(file: int, offset: int, length: int, wanted: bytes, what: str) -> bytes
     """Bytes of a snapshot, their checksum being right; else Damaged."""
     data = os.pread(file, length, offset)
     if len(data) != length or digest(data) != wanted:
-        raise Damaged(f"{what} is damaged: its checksum is wrong")
+        raise Damaged(f"the checksum of {what} is wrong")
     return data
 
 

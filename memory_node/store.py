@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from memory_node.regions import PAGE, Kind, Region, check_regions
@@ -27,12 +27,14 @@ class BadAccess(ValueError):
 class Store:
     """Opens every region's file; owns the descriptors."""
 
-    def __init__(self, machine: str, regions: list[Region]) -> None:
+    def __init__(self, machine: str, regions: list[Region], given: Mapping[str, int] | None = None) -> None:
+        """`given`: descriptors of memfds that are there already, by region; they are the store's then."""
         check_regions(regions)
+        given = given or {}
         self.regions = regions
         self._by_name = {r.name: r for r in regions}
         self._fds = {
-            r.name: _open_file(r) if r.file else _open_memfd(f"{machine}-{r.name}", r.size)
+            r.name: given[r.name] if r.name in given else _open(machine, r)
             for r in regions
             if r.kind is not Kind.RESERVED
         }
@@ -131,7 +133,12 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, at
 
 
-def _open_memfd(name: str, size: int) -> int:
+def _open(machine: str, region: Region) -> int:
+    return _open_file(region) if region.file else open_memfd(f"{machine}-{region.name}", region.size)
+
+
+def open_memfd(name: str, size: int) -> int:
+    """Anonymous memory whose size nobody can change."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)

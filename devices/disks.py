@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from devices.base import Device
 from devices.dma import GuestRam, Segments
+from devices.overlay import Overlay
 
 SECTOR = 512
 IOV_MAX = 1024  # segments of one preadv [readv(2)]
@@ -38,8 +39,11 @@ class DiskRequest(NamedTuple):
 class DiskFile:
     """One open disk."""
 
-    def __init__(self, path: str | Path, read_only: bool) -> None:
+    def __init__(self, path: str | Path, read_only: bool, overlay: str | None = None) -> None:
+        """`overlay`: where writes go instead (overlay.py). Raises BadDisk."""
         self.path = Path(path)
+        self._overlay: Overlay | None = None
+        read_only = read_only or overlay is not None
         try:
             self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -53,6 +57,8 @@ class DiskFile:
             if not self.size or self.size % SECTOR:
                 raise BadDisk(f"{path} is {self.size} bytes long, which is no multiple of {SECTOR} above 0")
             fcntl.flock(self._fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if overlay is not None:
+                self._overlay = self._open_overlay(overlay)
         except BlockingIOError as error:
             os.close(self._fd)
             raise BadDisk(f"{path} is in use already, by this machine or another") from error
@@ -63,25 +69,41 @@ class DiskFile:
     def close(self) -> None:
         """Give it back: another process may open it now."""
         os.close(self._fd)
+        if self._overlay is not None:
+            self._overlay.close()
+
+    def _open_overlay(self, path: str) -> Overlay:
+        try:
+            return Overlay(path, self.size)
+        except (OSError, ValueError) as error:
+            raise BadDisk(f"{self.path}: its overlay can't be used: {error}") from error
 
     def read(self, offset: int, views: list[memoryview]) -> None:
         """Fill the views. OSError, EOFError."""
+        whole, start = views, offset
         while views:
             done = os.preadv(self._fd, views[:IOV_MAX], offset)
             if not done:
                 raise EOFError(f"{self.path} ends before byte {offset}")
             views, offset = _rest(views, done), offset + done
+        if self._overlay is not None:
+            self._overlay.patch(start, whole)
 
     def write(self, offset: int, views: list[memoryview]) -> None:
         """Write the views out. OSError; EOFError beyond the end, which stays where it was."""
         if offset + sum(map(len, views)) > self.size:
             raise EOFError(f"{self.path} ends at byte {self.size}")
+        if self._overlay is not None:
+            self._overlay.write(offset, views)
+            return
         while views:
             done = os.pwritev(self._fd, views[:IOV_MAX], offset)
             views, offset = _rest(views, done), offset + done
 
     def flush(self) -> None:
-        os.fdatasync(self._fd)
+        """Nothing to do for an overlay, which lives no longer than the machine."""
+        if self._overlay is None:
+            os.fdatasync(self._fd)
 
 
 class Disks:
@@ -91,13 +113,15 @@ class Disks:
         self._disks = dict(disks)
 
     @classmethod
-    def open(cls, device: type[Device[Any]], settings: Any) -> Disks:
-        """As the settings say; BadDisk."""
+    def open(
+        cls, device: type[Device[Any]], settings: Any, overlays: Mapping[str, str] | None = None
+    ) -> Disks:
+        """As the settings say; `overlays`: paths by disk name, of a restored machine. BadDisk."""
         opened = cls({})
         try:
             for disk in device.DISKS:
                 path, read_only = getattr(settings, disk.setting), getattr(settings, disk.read_only)
-                opened._disks[disk.name] = DiskFile(path, read_only)
+                opened._disks[disk.name] = DiskFile(path, read_only, (overlays or {}).get(disk.name))
         except BadDisk:
             opened.close()
             raise

@@ -83,6 +83,7 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     clock_offset_ns: int = 0  # bus/clock.py
     clock_stopped_ns: int | None = None  # paused from the start
     state: dict[str, Any] | None = None  # of Save, to begin with
+    overlays: dict[str, str] = {}  # disk -> file that takes the writes, of a restored machine
     mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
     log_level: str = "warning"
     set_aside_after: int = 3  # processes that ended in the same step
@@ -100,7 +101,7 @@ class Host:
         self._retiring = False
         cls = load_class(config.type)
         settings = make_settings(cls, config.settings)
-        self._disks = Disks.open(cls, settings)
+        self._disks = Disks.open(cls, settings, config.overlays)
         self._journal = Journal(config.fds["journal"]) if "journal" in config.fds else None
         record = self._journal.latest() if self._journal is not None else None
         self._endpoint = Endpoint(config.run_dir, config.node)

@@ -6,6 +6,7 @@ Imports little at its top, so that Ctrl-C has its quiet effect from the start.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -321,6 +322,9 @@ def _snapshot(options: Any) -> int:
     from launcher.rundir import CONTROL
 
     path = _running(options.machine)
+    folder = options.file.absolute().parent
+    if options.file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(options.file, "", "cannot be written", "name a file in a folder of yours")
     answer = ask(path / CONTROL, "snapshot", path.name, SNAPSHOT_S, file=str(options.file.absolute()))
     stood = f"; it stood for {answer['stood_ns'] / 1e6:.0f} ms" if answer["stood_ns"] else ""
     print(f"{path.name}: {options.file}, {answer['size'] / (1 << 20):.1f} MiB{stood}")

@@ -9,6 +9,7 @@ that one snapshot serves many machines.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 from collections.abc import Callable
@@ -139,7 +140,7 @@ def _run_machine(
     from launcher.supervisor import Launch, Supervisor
 
     index = memory.snapshot.index
-    name = options.name or index.origin.name
+    name = options.name if options.name is not None else index.origin.name
     _check_name(name)
     if options.until is not None and index.console is None:
         raise ConfigError(options.file, "", "--until needs a console, and no device has one", "leave it out")
@@ -202,7 +203,11 @@ def _disk(file: Path, use: DiskUse, run_dir: Path, snapshot: Snapshot) -> Machin
     except OSError as e:
         raise ConfigError(file, where, f"its disk {path} cannot be read ({e.strerror})", "put it back") from e
     try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go with the descriptor: the device locks it anew
         size, mtime_ns = os.lseek(fd, 0, os.SEEK_END), os.fstat(fd).st_mtime_ns
+    except BlockingIOError as e:
+        problem = f"its disk {path} is being written to by a machine"
+        raise ConfigError(file, where, problem, "end that machine first") from e
     finally:
         os.close(fd)
     if (size, mtime_ns) != (use.size, use.mtime_ns):

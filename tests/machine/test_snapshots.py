@@ -18,6 +18,7 @@ from launcher.snapshot import Index, Snapshot
 from memory_node.snapshot import digest
 from tests.machine.drive import LAUNCHER, PATIENCE_S, RAW_NOTICE, ROOT, Screen, command, environment
 from tests.machine.files import linux_machine
+from tests.machine.test_virtio import machine as virtio_machine
 
 pytestmark = pytest.mark.machine
 HELLO = ROOT / "machines" / "hello.toml"
@@ -215,3 +216,54 @@ def test_linux_goes_on_with_its_own_time(kind: str, runtime: Path, tmp_path: Pat
 def _times(screen: Screen) -> dict[str, float]:
     shown = screen.run("cat /proc/uptime; date +%s").split()
     return {"uptime": float(shown[0]), "date": float(shown[2])}
+
+
+@pytest.mark.usefixtures("guest_files")
+def test_disks_are_copied_on_write(runtime: Path, tmp_path: Path) -> None:
+    """Two machines from one snapshot write to their disk; the file stays as it is, and a snapshot of one of
+    them has what it wrote."""
+    image = tmp_path / "disk.img"
+    image.touch()
+    os.truncate(image, 16 << 20)
+    first, second = tmp_path / "first.snap", tmp_path / "second.snap"
+    with Screen("up", virtio_machine(tmp_path, "linux-disk.toml", "linux"), runtime=runtime) as screen:
+        screen.prompt()
+        screen.run("mke2fs -q /dev/vda >/dev/null; mkdir /a; mount -t ext2 /dev/vda /a")
+        screen.run("echo common > /a/common")
+        screen.run("sync; sync")
+        command("pause", "linux", runtime=runtime)
+        command("snapshot", "linux", first, runtime=runtime)
+        told = command("restore", first, "--name", "early", runtime=runtime, check=False)
+        assert "is being written to by a machine; end that machine first" in told
+        command("down", "linux", runtime=runtime)
+        screen.finish(0)
+    content = image.read_bytes()
+    with (
+        Screen("restore", first, "--name", "one", runtime=runtime) as one,
+        Screen("restore", first, "--name", "two", runtime=runtime) as two,
+    ):
+        for name, screen in (("one", one), ("two", two)):
+            screen.wait_for(RAW_NOTICE)
+            screen.type("\n")
+            screen.prompt()
+            screen.run(f"echo {name} > /a/mine; dd if=/dev/urandom of=/a/data bs=64k count=16 2>/dev/null")
+            screen.run("md5sum /a/data > /a/sum; umount /a && mount -t ext2 /dev/vda /a")
+            assert screen.run("cat /a/common /a/mine; md5sum -c /a/sum").split()[:2] == ["common", name]
+        command("snapshot", "two", second, runtime=runtime)
+        for name in ("one", "two"):
+            command("down", name, runtime=runtime)
+        one.finish(0)
+        two.finish(0)
+    assert image.read_bytes() == content
+    with Screen("restore", second, runtime=runtime) as screen:
+        screen.wait_for(RAW_NOTICE)
+        screen.type("\n")
+        screen.prompt()
+        screen.run("umount /a && mount -t ext2 /dev/vda /a")
+        shown = screen.run("cat /a/common /a/mine; md5sum -c /a/sum").split()
+        assert shown == ["common", "two", "/a/data:", "OK"]
+        screen.type("poweroff -f\n")
+        screen.finish(0)
+    assert image.read_bytes() == content
+    os.utime(image)
+    _check_refused(first, runtime, "was written to after the snapshot")

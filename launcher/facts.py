@@ -16,6 +16,7 @@ class MachineDisk:
 
     node: str
     disk: str
+    setting: str  # of the device, that names the file
     path: Path
     read_only: bool
     overlay: Path | None = None

@@ -217,7 +217,7 @@ def _disk(file: Path, use: DiskUse, run_dir: Path, snapshot: Snapshot) -> Machin
     if not use.read_only:
         overlay = run_dir / OVERLAY.format(node=use.node, disk=use.disk)
         snapshot.fill_overlay(use, overlay)
-    return MachineDisk(use.node, use.disk, path, use.read_only, overlay)
+    return MachineDisk(use.node, use.disk, use.setting, path, use.read_only, overlay)
 
 
 def _spec(

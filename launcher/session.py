@@ -97,7 +97,7 @@ def _facts(plan: MachinePlan) -> MachineFacts:
         settings = make_settings(device.cls, device.table.settings)
         for disk in device.cls.DISKS:
             path, read_only = getattr(settings, disk.setting), bool(getattr(settings, disk.read_only))
-            disks.append(MachineDisk(device.table.name, disk.name, Path(path), read_only))
+            disks.append(MachineDisk(device.table.name, disk.name, disk.setting, Path(path), read_only))
     file = str(config.file.absolute())
     return MachineFacts(config.machine.name, file, text, plan.console, config.cpu.host_cpu, tuple(disks))
 

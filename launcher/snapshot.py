@@ -66,6 +66,7 @@ class DiskUse(msgspec.Struct, frozen=True):
 
     node: str
     disk: str
+    setting: str
     path: str
     read_only: bool
     size: int = 0

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # of a node's config: what is another's in another life of the machine
 OWN = frozenset(("node", "run_dir", "machine", "log_level", "clock_offset_ns", "clock_stopped_ns", "state",
-                 "features", "overlays", "fds", "loaded"))  # fmt: skip
+                 "features", "overlays", "fds", "standby"))  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -48,8 +48,9 @@ class _Work:
 class Snapshots:
     """Of one supervisor; its loop waits on `descriptors` and calls `finish` when one is readable."""
 
-    def __init__(self, launch: Launch, pausing: Pausing, ask: Ask,
+    def __init__(self, launch: Callable[[], Launch], pausing: Pausing, ask: Ask,
                  answer: Callable[[int, dict[str, Any]], None]) -> None:
+        """`launch`: the machine as it is now, swaps of its devices included."""
         self._launch, self._pausing, self._ask, self._answer = launch, pausing, ask, answer
         self._done = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._work: _Work | None = None
@@ -71,7 +72,7 @@ class Snapshots:
         try:
             self._pausing.pause(CPU, devices)
             states = {node: self._state(node) for node in (*devices, CPU)}
-            with MemoryClient(self._launch.run_dir) as client_of_memory:
+            with MemoryClient(self._launch().run_dir) as client_of_memory:
                 work.memory, size = client_of_memory.attach("ram", False)
         except (NotQuiet, MemoryRefused, RuntimeError) as e:
             self._go_on(work, devices)
@@ -131,7 +132,7 @@ class Snapshots:
             os.eventfd_write(self._done, 1)
 
     def _index(self, writer: Writer, work: _Work, size: int, states: dict[str, dict[str, Any]]) -> Index:
-        launch, clock_ns = self._launch, self._pausing.clock_ns
+        launch, clock_ns = self._launch(), self._pausing.clock_ns
         facts = launch.facts
         assert facts is not None
         assert clock_ns is not None
@@ -151,8 +152,15 @@ class Snapshots:
                            states.get(spec.node))
                 for spec in (launch.memory, *launch.others)
             ],
-            disks=[_use(writer, disk) for disk in facts.disks],
+            disks=[_use(writer, _now(launch, disk)) for disk in facts.disks],
         )
+
+
+def _now(launch: Launch, disk: MachineDisk) -> MachineDisk:
+    """The disk as the device's settings have it now: a swap may have changed them."""
+    settings = next(s.config.get("settings", {}) for s in launch.others if s.node == disk.node)
+    path = Path(settings.get(disk.setting, disk.path))
+    return disk if path == disk.path else replace(disk, path=path)
 
 
 def _use(writer: Writer, disk: MachineDisk) -> DiskUse:
@@ -174,7 +182,7 @@ def _use(writer: Writer, disk: MachineDisk) -> DiskUse:
             overlay_size = overlay_size if changes else 0
         finally:
             os.close(overlay)
-    return DiskUse(disk.node, disk.disk, str(disk.path), disk.read_only, size, info.st_mtime_ns, overlay_size,
-                   changes)
+    return DiskUse(disk.node, disk.disk, disk.setting, str(disk.path), disk.read_only, size, info.st_mtime_ns,
+                   overlay_size, changes)
 
 

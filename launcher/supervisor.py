@@ -363,7 +363,7 @@ class Supervisor:
         if self._snapshots is None:
             from launcher.snapshotting import Snapshots  # takes its time to import
 
-            self._snapshots = Snapshots(self._launch, self._pausing, self._ask, self._control.answer)
+            self._snapshots = Snapshots(lambda: self._launch, self._pausing, self._ask, self._control.answer)
         if self._snapshots.busy:
             self._control.answer(client, {"error": "a snapshot is being written already"})
         else:

@@ -165,13 +165,13 @@ def _odd_index(path: Path) -> None:
 
 
 def _disk_gone(path: Path) -> None:
-    write(path, disks=[DiskUse("vda", "disk", str(path.with_name("gone.img")), False)])
+    write(path, disks=[DiskUse("vda", "disk", "file", str(path.with_name("gone.img")), False)])
 
 
 def _disk_written(path: Path) -> None:
     disk = path.with_name("disk.img")
     disk.write_bytes(bytes(512))
-    write(path, disks=[DiskUse("vda", "disk", str(disk), False, 512, disk.stat().st_mtime_ns - 1)])
+    write(path, disks=[DiskUse("vda", "disk", "file", str(disk), False, 512, disk.stat().st_mtime_ns - 1)])
 
 
 def _other_counter(path: Path) -> None:

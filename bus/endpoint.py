@@ -173,7 +173,8 @@ class Endpoint:
         return {name: stream.positions() for name, stream in {**asked, **asking}.items()}
 
     def hold(self) -> None:
-        """From now on frames are numbered and retained, but stay here until release()."""
+        """From now on frames are numbered and retained, but stay here until release(). What an earlier hold()
+        kept and nobody let go is not sent."""
         self._held = []
 
     def release(self) -> None:
@@ -220,14 +221,16 @@ class Endpoint:
 
     def _wait_until_sent(self, until_ns: int) -> None:
         """Frames for a peer whose connection is not made yet wait for it, and those beyond a window for
-        room."""
+        room. What others ask of us is not looked at: it would be acknowledged, and nobody deals with it."""
+        fds = [self._fd_of[peer] for peer in self._dealers]
         while (left_ns := until_ns - self.now_ns()) > 0:
             streams = self._asking.items()
             if all(not s.unacknowledged or (peer in self._live and not s.full) for peer, s in streams):
                 return
-            self.wait(min(left_ns, 10_000_000))
-            for _ in self.receive():
-                pass
+            select.select(fds, [], [], min(left_ns, 10_000_000) / 1e9)
+            for peer, dealer in self._dealers.items():
+                while _readable(dealer):
+                    self._from_dealer(peer, dealer)
 
     def __enter__(self) -> Endpoint:
         return self

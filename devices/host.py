@@ -161,6 +161,7 @@ class Host:
 
     def run(self) -> int:
         """The loop; returns the exit status."""
+        failed = False
         try:
             self._tell_launcher(Event("ready", self._config.node))
             self._end_step(None)
@@ -176,12 +177,16 @@ class Host:
             text = f"{self._config.node}: {type(error).__name__}: {' '.join(str(error).split())}"
             log.error("%s\n%s", text, traceback.format_exc())
             self._news.clear()
+            failed = True
             self._say_last(Event("device-error", text, {"traceback": traceback.format_exc()}))
             return 1
         finally:
             for back_end in self._backends.values():
                 back_end.close(FLUSH_S)
-            if self._news:
+            if failed:
+                for frame in self._news:  # a back end's last words; the step is not to be committed
+                    self._say_last(frame)
+            elif self._news:
                 self._end_step(None)
             self._endpoint.close(LINGER_MS if self._stopping or self._journal is None else 0)
             self._disks.close()
@@ -346,8 +351,7 @@ class Host:
     def _say_last(self, frame: Event) -> None:
         """In the middle of a step, which shall not count."""
         launcher = self._config.launcher
-        self._endpoint.release()
-        self._endpoint.hold()
+        self._endpoint.hold()  # drops what a step that failed in its commit has numbered
         self._endpoint.send(launcher, frame, self._trace)
         if self._journal is not None:
             self._journal.amend(launcher, self._endpoint.to_plain()[1][launcher])

@@ -32,7 +32,7 @@ from bus.frames import (
 from bus.io import DeviceGone, IoClient
 from bus.link import PATH_MAX, BadRunDir, dial, socket_path
 from bus.ranges import PortRange
-from bus.stream import WINDOW
+from bus.stream import ACK_EVERY, WINDOW
 
 LONG_NS = 240_000_000_000  # a bound on hanging, not an expectation
 
@@ -230,6 +230,26 @@ def test_what_was_sent_before_close_arrives(run_dir: Path) -> None:
     finally:
         server.close()
     assert [r.frame for r in server.seen] == [Event("log", str(i)) for i in range(500)]
+
+
+def test_what_comes_while_closing_is_not_taken(run_dir: Path) -> None:
+    """Else it would be acknowledged, and nobody deals with it: it is the next process's."""
+    b = Endpoint(run_dir, "b")
+    with b:
+        a = Endpoint(run_dir, "a")
+        a.bind()
+        a.connect("absent")
+        a.send("absent", Ping())  # waits for a connection, so closing takes its time
+        b.connect("a")
+        while not b.has_heard("a"):
+            a.wait(1_000_000)
+            assert not list(a.receive())
+            b.wait(1_000_000)
+            assert not list(b.receive())
+        for _ in range(2 * ACK_EVERY):
+            b.send("a", Ping())
+        a.close(linger_ms=200)
+        assert a.positions()["b>a"] == (0, 0)
 
 
 def test_wait_sees_descriptors_and_is_finer_than_a_millisecond(run_dir: Path) -> None:

@@ -188,7 +188,8 @@ class Direct:
         flags = cpu.eflags
         if flags & _REFUSED or not flags & IF or cpu.inhibit_interrupts:
             return False
-        return _plain(cpu.seg[FS]) and _plain(cpu.seg[GS])
+        one_selector = cpu.seg[DS].selector == cpu.seg[ES].selector == cpu.seg[SS].selector
+        return one_selector and _plain(cpu.seg[FS]) and _plain(cpu.seg[GS])
 
     def _window(self, space: Space) -> ChildWindow | None:
         window = space.direct

@@ -333,6 +333,17 @@ def test_selectors_of_data_segments_are_the_hosts(backend: str) -> None:
 
 @backends
 @isolated
+def test_a_data_segment_by_a_selector_of_its_own_reads_as_that(backend: str) -> None:
+    """The host has one for DS, ES and SS: where the guest has two, its code is translated."""
+    board = user_board(backend)
+    board.describe(TLS + 8, pack(0, 0xFFFFF, 0xC0F3))
+    board.run(f"mov eax, {TLS + 8}; mov ds, ax; push ds; pop ecx; push es; pop edx; ud2")
+    assert (board.regs[1], board.regs[2]) == (TLS + 8, DATA3)
+    assert direct_of(board).refusals > 0
+
+
+@backends
+@isolated
 def test_code_that_the_host_would_run_otherwise_is_translated(backend: str) -> None:
     board = user_board(backend)
     board.cpu.eflags |= ID

@@ -125,7 +125,10 @@ fine:
 """)
 _POPF_KERNEL, _POPF_USER = popf(False), popf(True)
 _PUSHA = b"".join(WINDOW + bytes((0x89, 0x44 | r << 3, 0x24, 0x100 - 4 * (r + 1))) for r in range(8))
-_POPA = b"".join(WINDOW + bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))) for r in range(7, -1, -1) if r != 4)
+_POPA = b"".join(  # what is there for ESP is read, too: into r8d
+    WINDOW + (b"\x44\x8b\x44\x24\x0c" if r == 4 else bytes((0x8B, 0x44 | r << 3, 0x24, 4 * (7 - r))))
+    for r in range(7, -1, -1)
+)
 
 
 def sti_has_ecx_in_r9(delta: int) -> bool:

@@ -408,7 +408,8 @@ class Engine:
         last = va + d[at.TLB_LAST // 4]
         filled = contexts.fill_tlb(va, write, line) if last < 1 << 32 else Filled.WRAPS
         if last >> 12 != va >> 12 and filled is not Filled.WRAPS:
-            contexts.fill_tlb(last & ~0xFFF, write, line)
+            with suppress(GuestFault):  # the simulator's, after what comes before it
+                contexts.fill_tlb(last & ~0xFFF, write, line)
         elif filled is Filled.MAPPED:
             return
         start = cpu.eip

@@ -27,6 +27,7 @@ from cpu_node.descriptor import (
     parse,
 )
 from cpu_node.errors import GP, NP, TS, GuestFault, TaskSwitchFault, general_protection
+from cpu_node.errors import SS as SS_FAULT
 from cpu_node.flags import IF, RF, VM
 from cpu_node.segments import is_null, mark_accessed, read_descriptor, stack_segment
 from cpu_node.stack import check_push, merged_sp, peek, push, read_frame, release, write_frame
@@ -105,7 +106,12 @@ def _same_privilege(cpu: Cpu, code: Segment, va: int, offset: int, size: int, is
     stack, esp, user = cpu.seg[SS], cpu.regs[ESP], cpu.cpl == 3
     if is_call:
         check_push(cpu.memory, stack, esp, size, user, 0)
-        check_push(cpu.memory, stack, esp - size, size, user, 0)
+        try:
+            check_push(cpu.memory, stack, esp - size, size, user, 0)
+        except GuestFault as fault:
+            if fault.vector != SS_FAULT:
+                write_frame(cpu.memory, stack, esp, (cpu.seg[CS].selector,), size, user, 0)  # this stays
+            raise
     if offset > code.highest:
         raise general_protection()
     code = mark_accessed(cpu, va, parse(code.selector & 0xFFFC | cpu.cpl, code.raw))

@@ -11,7 +11,7 @@ from cpu_node import control, msr, stack
 from cpu_node.cpu import EAX, EBX, ECX, ESP
 from cpu_node.decode import Insn
 from cpu_node.descriptor import CS
-from cpu_node.errors import GP, UD, GuestFault
+from cpu_node.errors import GP, SS, UD, GuestFault
 
 if TYPE_CHECKING:
     from cpu_node.simulate import Handler, Simulator
@@ -62,16 +62,27 @@ def store_segment(sim: Simulator, insn: Insn) -> None:
 
 
 def push_all(sim: Simulator, insn: Insn) -> None:
-    stack.push(sim.cpu, [sim.read_reg(n, insn.opsize) for n in range(7, -1, -1)], insn.opsize)
+    stack.push_singly(sim.cpu, [sim.read_reg(n, insn.opsize) for n in range(7, -1, -1)], insn.opsize)
 
 
 def pop_all(sim: Simulator, insn: Insn) -> None:
+    """A page fault in the middle leaves the registers that have been popped, and ESP."""
     size = insn.opsize
-    values = stack.peek(sim.cpu, 8, size)
+    try:
+        values = stack.peek(sim.cpu, 8, size)
+    except GuestFault as fault:
+        if fault.vector != SS:
+            for i in range(8):  # until it faults again
+                _set_popped(sim, 7 - i, size, *stack.peek(sim.cpu, 1, size, skip=i * size))
+        raise
     stack.release(sim.cpu, 8 * size)
     for number, value in zip(range(7, -1, -1), values, strict=True):
-        if number != ESP:
-            sim.write_reg(number, size, value)
+        _set_popped(sim, number, size, value)
+
+
+def _set_popped(sim: Simulator, number: int, size: int, value: int) -> None:
+    if number != ESP:
+        sim.write_reg(number, size, value)
 
 
 def push_flags(sim: Simulator, insn: Insn) -> None:

@@ -90,6 +90,18 @@ def push(cpu: Cpu, values: Sequence[int], size: int) -> None:
     cpu.regs[ESP] = merged_sp(esp, sp, segment)
 
 
+def push_singly(cpu: Cpu, values: Sequence[int], size: int) -> None:
+    """`push` of PUSHA and far CALL: a page fault in the middle leaves what has been pushed, and ESP."""
+    try:
+        push(cpu, values, size)
+    except GuestFault as fault:
+        if fault.vector != SS_FAULT:
+            sp = cpu.regs[ESP]
+            for value in reversed(values):  # until it faults again
+                sp = write_frame(cpu.memory, cpu.seg[SS], sp, (value,), size, cpu.cpl == 3, 0)
+        raise
+
+
 def peek(cpu: Cpu, count: int, size: int, skip: int = 0) -> Sequence[int]:
     """Values on the current stack, `skip` bytes above its top; nothing is popped."""
     return read_frame(cpu.memory, cpu.seg[SS], cpu.regs[ESP] + skip, count, size, cpu.cpl == 3)
@@ -127,20 +139,28 @@ def enter(cpu: Cpu, frame: int, level: int, size: int) -> None:
     frame_pointer = (esp - size) & span
     outer = [ebp - size * i for i in range(1, level)]  # where the enclosing frames' pointers are
     new_sp = (esp - size * (1 + level) - frame) & span
-    check_push(memory, segment, esp, size, user, 0)
-    for i, sp in enumerate(outer, 1):
-        read_frame(memory, segment, sp, 1, size, user)
-        check_push(memory, segment, esp - size * i, size, user, 0)
-    check_push(memory, segment, esp - size * level, size, user, 0)
-    if not segment.lowest <= new_sp <= segment.highest:
-        raise GuestFault(SS_FAULT, 0)
-    # A display that overlaps the new frame is read as the pushes leave it, so one at a time.
-    sp = write_frame(memory, segment, esp, (ebp,), size, user, 0)
-    for source in outer:
-        value = read_frame(memory, segment, source, 1, size, user)
-        sp = write_frame(memory, segment, sp, value, size, user, 0)
-    if level:
-        write_frame(memory, segment, sp, (frame_pointer,), size, user, 0)
+
+    def push_all() -> None:  # a display that overlaps the new frame is read as the pushes leave it
+        sp = write_frame(memory, segment, esp, (ebp,), size, user, 0)
+        for source in outer:
+            value = read_frame(memory, segment, source, 1, size, user)
+            sp = write_frame(memory, segment, sp, value, size, user, 0)
+        if level:
+            write_frame(memory, segment, sp, (frame_pointer,), size, user, 0)
+
+    try:
+        check_push(memory, segment, esp, size, user, 0)
+        for i, sp in enumerate(outer, 1):
+            read_frame(memory, segment, sp, 1, size, user)
+            check_push(memory, segment, esp - size * i, size, user, 0)
+        check_push(memory, segment, esp - size * level, size, user, 0)
+        if not segment.lowest <= new_sp <= segment.highest:
+            raise GuestFault(SS_FAULT, 0)
+    except GuestFault as fault:
+        if fault.vector != SS_FAULT:
+            push_all()  # until it faults again: what was pushed stays
+        raise
+    push_all()
     # The last page to fault; what was pushed stays.
     memory.probe_write(segment.base + new_sp & 0xFFFFFFFF, 1, user)
     regs[ESP] = merged_sp(esp, new_sp, segment)

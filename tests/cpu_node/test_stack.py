@@ -162,7 +162,11 @@ def test_enter_faults_change_no_register(m):
     assert (fault.value.vector, fault.value.error, m.cpu.dump()) == (PF, 2, before)
     assert m.memory.read32(m.cpu.regs[ESP] - 4) == 0x1234_5678  # pushed before that page is looked at
     m.cpu.regs[EBP] = 0x7800
-    assert m.faults(stack.enter, m.cpu, 0, 2, 4) == (PF, 0)  # the display
+    before = m.cpu.dump()
+    with pytest.raises(GuestFault) as fault:  # the display
+        stack.enter(m.cpu, 0, 2, 4)
+    assert (fault.value.vector, fault.value.error, m.cpu.dump()) == (PF, 0, before)
+    assert m.memory.read32(m.cpu.regs[ESP] - 4) == 0x7800
     set_stack(m, pack(0x8000, 0xFFF, 0x4093), 0x10)
     assert m.faults(stack.enter, m.cpu, 0x20, 0, 4) == (SS_FAULT, 0)
     assert m.faults(stack.enter, m.cpu, 0, 5, 4)[0] == SS_FAULT

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import zmq
 
+CONSOLE_SOCKET = "console-{node}.sock"
 HIGH_WATER = 1000  # frames waiting on one way; a Stream has never as many under way
 RECONNECT_MS = 1  # a node's socket that isn't there is tried again after this, backing off to
 RECONNECT_MAX_MS = 16
@@ -20,6 +21,11 @@ PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes with the final 0
 
 class BadRunDir(ValueError):
     """A run directory whose sockets would have too long a path."""
+
+
+def console_path(run_dir: str | Path, node: str) -> Path:
+    """The socket of a device's console."""
+    return Path(run_dir) / CONSOLE_SOCKET.format(node=node)
 
 
 def socket_path(run_dir: str | Path, node: str) -> Path:

@@ -22,7 +22,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -47,7 +46,7 @@ from bus.frames import (
     StatsReply,
 )
 from bus.grants import GrantRefused, attach
-from bus.link import BadRunDir
+from bus.link import BadRunDir, console_path
 from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
 from devices.base import Device, StateMismatch
@@ -63,7 +62,6 @@ MIRROR_REGION, RAM_REGION = "mirror", "ram"
 DRAIN_S = 2.0  # a sender that never stops must not keep us
 FLUSH_S = 5.0  # how long an attached console may take for the last bytes
 RETIRED = -1  # in place of an exit status: another process takes over
-CONSOLE_SOCKET = "console-{node}.sock"
 
 log = logging.getLogger(__name__)
 
@@ -390,11 +388,6 @@ def _kept(record: Record) -> tuple[dict[str, Any], list[Any]]:
 def _in_words(received: Received) -> str:
     """A frame in a few words."""
     return f"{received.frame!r:.120} from {received.peer}"
-
-
-def console_path(run_dir: str | Path, node: str) -> Path:
-    """The socket of a device's console."""
-    return Path(run_dir) / CONSOLE_SOCKET.format(node=node)
 
 
 def run(config: dict[str, Any]) -> None:

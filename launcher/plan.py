@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from bus.addressmap import AddressMap, MapConflict
+from bus.link import console_path
 from devices.base import Device
 from devices.disks import BadDisk, Disks
-from devices.host import console_path
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.tryout import shape
 from devices.virtio_mmio import VirtioMmio
@@ -24,10 +24,10 @@ from launcher.boot_plan import BootPlan, VirtioPlace, prepare
 from launcher.config import DeviceTable, MachineConfig
 from launcher.entries import EntryPoints
 from launcher.forkserver import ChildSpec
+from launcher.names import CPU, MEMORY
 from memory_node.client import SOCKET_NAME
 from memory_node.regions import pc_regions
 
-CPU, MEMORY = "cpu0", "memory"
 LOCAL_APIC = (0xFEE0_0000, 0xFEE0_1000)
 CONSOLE_BACKEND = "console"
 E820_NAMES = {1: "RAM", 2: "reserved", 3: "ACPI tables", 4: "ACPI NVS"}

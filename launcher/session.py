@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from devices.host import console_path
+from bus.link import console_path
 from devices.registry import make_settings
 from launcher.affinity import CoreLoad, check_host_cpu, dialogue_cores
 from launcher.checks import HostFacts, check_host, check_memory

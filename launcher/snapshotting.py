@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from bus.frames import Save, SaveReply
 from launcher.facts import MachineDisk
+from launcher.names import CPU
 from launcher.pausing import Ask, NotQuiet, Pausing
-from launcher.plan import CPU
 from launcher.snapshot import DiskUse, Index, NodeRecord, Origin, Writer
 from memory_node.client import MemoryClient, MemoryRefused
 from memory_node.snapshot import Damaged

@@ -34,7 +34,7 @@ from bus.frames import (
     StatsReply,
     Timing,
 )
-from devices.host import console_path
+from bus.link import console_path
 from devices.journal import Journal as DeviceJournal
 from launcher import report
 from launcher.affinity import pin
@@ -43,8 +43,8 @@ from launcher.errors import EXIT_DIED, EXIT_INPUT, EXIT_OK, EXIT_OUTPUT, EXIT_RE
 from launcher.facts import MachineFacts
 from launcher.forkserver import Child, ChildSpec, ForkServer
 from launcher.journal import Journal
+from launcher.names import CPU, MEMORY
 from launcher.pausing import NotQuiet, Pausing
-from launcher.plan import CPU, MEMORY
 from launcher.pump import Pump
 from launcher.restarts import Restarts
 from launcher.rundir import CONTROL

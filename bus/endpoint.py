@@ -95,6 +95,17 @@ class Endpoint:
         """Whether a peer that we connected to has answered: before, what is sent to it waits here."""
         return peer in self._live
 
+    def meet(self, peer: str, timeout_ns: int) -> None:
+        """Wait until a peer that we connected to has answered; NoReply. What others send meanwhile stays."""
+        end_ns = self.now_ns() + timeout_ns
+        while peer not in self._live:
+            left_ns = end_ns - self.now_ns()
+            if left_ns <= 0:
+                raise NoReply(f"{peer} has not answered the connection within {timeout_ns / 1e9:g} s")
+            select.select([self._fd_of[peer]], [], [], min(left_ns / 1e9, 0.05))
+            if _readable(self._dealers[peer]):
+                self._from_dealer(peer, self._dealers[peer])
+
     def send(self, peer: str, frame: Frame, trace: int = 0) -> int:
         """Send to a connected peer; returns the frame's span. A trace of 0 begins a new one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import tomllib
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def develop(run_dir: Path, device: str, watched: str, go_on: Callable[[], bool] 
     path = Path(with_type.rpartition(":")[0])
     print(f"{run_dir.name}: {device} follows {path}; Ctrl-C leaves it as it is then", flush=True)
     seen: tuple[int, int] | None = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while go_on():
             now = _stamp(path)

@@ -129,6 +129,8 @@ class Machine:
         self.load(f"lidt [0x3000]\n{text}")
         self.cpu.start()
         self.event("ready")
+        for end in self.ends.values():
+            end.meet("cpu0", int(DEADLINE_S * SECOND))
 
     def dword(self, pa: int) -> int:
         return int.from_bytes(self.ram[pa : pa + 4], "little")

@@ -87,9 +87,7 @@ class Machine:
         self.processes[node] = start("devices.host", config)
         self.event(node, "ready")
         self.cpu.connect(node)
-        while not self.cpu.has_heard(node):
-            self.cpu.wait(10_000_000)
-            self.at_cpu_before += self.cpu.receive()
+        self.cpu.meet(node, LONG_NS)
 
     def ask(self, node: str, frame: Frame) -> Frame:
         return self.cpu.request(node, frame, LONG_NS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,45 @@ from tests.machine.test_kills import said, written
 
 pytestmark = pytest.mark.machine
 DEVICES = ("pic", "pit", "kbd", "pm")
-POST = ROOT / "devices" / "postcode.py"
+CARD = """
+[[device]]
+name = "card"
+type = "{file}:Tickets"
+ports = {{ regs = 0x300 }}
+"""
+TICKETS = '''"""Gives out tickets, one for each read of register 0."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from devices.base import Device, DeviceState, PortRange
+
+
+@dataclass(slots=True)
+class TicketsState(DeviceState):
+    VERSION: ClassVar[int] = 1
+    last: int = 0
+
+
+class Tickets(Device[TicketsState]):
+    NAME = "tickets"
+    PORTS = (PortRange("regs", length=2),)
+    STATE = TicketsState
+
+    def reset(self) -> None:
+        self.state = TicketsState()
+
+    def read(self, region: str, offset: int, width: int) -> int:
+        if offset == 0:
+            self.state.last += 1
+        return self.state.last & 0x7F if offset == 0 else 0xFF
+
+    def write(self, region: str, offset: int, width: int, value: int) -> None:
+        pass
+
+    def drive_lines(self) -> None:
+        pass
+'''
 
 
 @pytest.fixture
@@ -36,8 +76,10 @@ def numbers(tmp_path: Path, runtime: Path) -> Iterator[Screen]:
 
 def goes_on(screen: Screen) -> None:
     """Thirty more lines, from now on."""
-    now = len(screen.text().split("\n"))
-    screen.wait_for(f"line {now + 30:08x}\r\n")
+    lines = screen.text().count("\n") + 30
+    while screen.text().count("\n") < lines:
+        assert screen.alive, screen.failure("it has ended")
+        screen.watch(0.05)
 
 
 def refused(runtime: Path, *arguments: str) -> str:
@@ -101,3 +143,54 @@ def test_kill_by_command(numbers: Screen, runtime: Path) -> None:
     goes_on(numbers)
     while titles("m").get("pit") in (None, old):
         numbers.watch(0.01)
+
+
+def test_a_third_partys_device_is_edited_while_the_guest_polls_it(tmp_path: Path, runtime: Path) -> None:
+    file = tmp_path / "tickets.py"
+    file.write_text(TICKETS)
+    fixed = TICKETS.replace("& 0x7F", "& 0xFF")
+    grown = (
+        fixed.replace("VERSION: ClassVar[int] = 1", "VERSION: ClassVar[int] = 2")
+        .replace("    last: int = 0\n", "    last: int = 0\n    asked: int = 0\n")
+        .replace("STATE = TicketsState\n",
+                 "STATE = TicketsState\n    UPGRADES = {1: lambda fields: {**fields, 'asked': 64}}\n")
+        .replace("if offset == 0:\n", "if offset == 1:\n            self.state.asked += 1\n        else:\n")
+        .replace("else 0xFF", "else self.state.asked & 0x7F")
+    )  # fmt: skip
+    machine = asm_machine(tmp_path, "tickets", "m", devices=CARD.format(file=file))
+    with Screen("up", machine, runtime=runtime, errors=tmp_path / "err") as screen:
+        screen.wait_for("ticket 0000ff20\r\n")
+        dev = subprocess.Popen(
+            [sys.executable, "-m", "launcher.main", "dev", "m", "card", "--watch", str(file)],
+            env=environment(runtime), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert dev.stdout is not None
+        try:
+            assert "card follows" in dev.stdout.readline()
+            assert "in a new process" in dev.stdout.readline()
+            file.write_text(fixed)
+            assert "in a new process" in dev.stdout.readline()
+            screen.wait_for("ticket 0000ff90\r\n")
+            file.write_text(grown)
+            assert "in a new process" in dev.stdout.readline()
+            screen.wait_for(re.compile(rb"ticket 00004[1-9a-f]..\r\n"))
+            file.write_text(grown.replace("def write(", "def write)"))
+            said_why = dev.stdout.readline()
+            assert "tickets.py" in said_why
+            assert "line 3" in said_why
+            assert said_why.endswith("; the old one goes on\n")
+            pid = titles("m")["card"]
+            screen.watch(0.5)
+            assert titles("m")["card"] == pid
+        finally:
+            dev.send_signal(signal.SIGINT)
+            assert dev.wait(60) == 0
+            dev.stdout.close()
+        goes_on(screen)
+        screen.type(LEAVE)
+        screen.finish(0)
+        tickets = [int(t, 16) for t in re.findall(r"^ticket ([0-9a-f]{8})$", screen.text(), re.MULTILINE)]
+    numbers = [t & 0x7F for t in tickets]  # none is lost, none comes twice
+    assert numbers == [(n + 1) & 0x7F for n in range(len(numbers))]
+    asked = [t >> 8 for t in tickets if t >> 8 != 0xFF]
+    assert asked == [(65 + n) & 0x7F for n in range(len(asked))]

@@ -160,6 +160,7 @@ def test_shutdown_ends_it_and_leaves_no_socket(short_path: Path) -> None:
     with Endpoint(short_path, "launcher") as launcher:
         launcher.bind()
         launcher.connect("memory")
+        launcher.meet("memory", 240 * SECOND)
         launcher.send("memory", Shutdown())
         process.join(240)
     assert process.exitcode == 0

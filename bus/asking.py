@@ -78,8 +78,8 @@ class LatchState:
 class Target:
     """One device as the CPU thread sees it."""
 
-    __slots__ = ("_asking", "_link", "_live", "_resumes", "_stream", "batch", "dirty", "last", "latches",
-                 "node", "oldest_ns", "posted")  # fmt: skip
+    __slots__ = ("_asking", "_link", "_live", "_looked", "_resumes", "_stream", "batch", "dirty", "last",
+                 "latches", "node", "oldest_ns", "posted")  # fmt: skip
 
     def __init__(self, node: str, link: Link, asking: Asking) -> None:
         self.node = node
@@ -93,7 +93,7 @@ class Target:
         self._link = link
         self._stream = Stream(asking.counters, asking.now_ns)
         self._live = False  # the device has answered our connection
-        self._resumes = 0
+        self._resumes = self._looked = 0
 
     def poster(self, region: str, offset: int, width: int, prompt: bool) -> Callable[[int], None]:
         """A function that posts a write of this register."""
@@ -206,9 +206,9 @@ class Target:
         self._link.close()
 
     def attend(self) -> bool:
-        """Read what the device says unasked; whether it has said Resume."""
-        before = self._resumes
+        """Read what the device says unasked; whether it has said Resume since it was looked at last."""
         self._take_all(0)
+        before, self._looked = self._looked, self._resumes
         return self._resumes != before
 
     def _send(self, frame: Frame, span: int) -> None:

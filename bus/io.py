@@ -152,6 +152,11 @@ class IoClient:
         """Of the connections to all devices."""
         return {f"{self._name}>{node}": target.positions() for node, target in self._targets.items()}
 
+    @property
+    def nodes(self) -> list[str]:
+        """The devices."""
+        return list(self._targets)
+
     def attend(self, node: str) -> bool:
         """A new process is this device: repeat what it has not committed; False until it has asked for it."""
         target = self._targets.get(node)

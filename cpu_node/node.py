@@ -67,7 +67,8 @@ from cpu_node.store import Store, version
 from cpu_node.tlb import HOST_FLAG
 from memory_node.client import attach
 
-ATTEND_NS = 1_000_000  # how often to look at the socket of a device whose process is new,
+MEET_NS = 60_000_000_000  # for how long the first answer of a device is looked out for
+ATTEND_NS = 2_000_000  # how often to look at the socket of a device whose process is new,
 ATTENDED_FOR_NS = 1_000_000_000  # and for how long: it may have been heard before we were told
 LOOK_UP_NS = 200_000_000  # while a device doesn't answer: is the machine to end?
 LATE_NS = 10_000_000_000  # then the launcher hears of it
@@ -165,7 +166,8 @@ class Node:
 
             self.engine.direct = choose.start(self.engine, ram_fd, config.user_mode, config.trap_backend)
         self._late_nodes: set[str] = set()  # that the launcher was told of
-        self._attended: dict[str, int] = {}  # device -> until when
+        until_ns = self.clock() + MEET_NS
+        self._attended = dict.fromkeys(self._io.nodes, until_ns)  # devices -> until when
         self._cpu_thread = threading.get_ident()
         self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
         self._endpoint_stats: dict[str, Any] = {}

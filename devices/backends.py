@@ -1,4 +1,4 @@
-"""The rim: where the bytes of a device's channels go to and come from on the host.
+"""Where the bytes of a device's channels go to and come from on the host.
 
 console  a UNIX stream socket `<run_dir>/console-<node>.sock`; any number of clients, raw bytes both ways.
          Output goes to all; a client that attaches first gets the scroll-back. Input of all is merged and
@@ -6,6 +6,8 @@ console  a UNIX stream socket `<run_dir>/console-<node>.sock`; any number of cli
 log      output, line by line, as events of kind "log" for the launcher
 null     output vanishes, there is no input
 
+In a machine, consoles and logs are in the process `consoles` (devices/rim.py), and the device's process has a
+RingBackEnd in their place.
 Left out: files, host serial ports.
 """
 
@@ -18,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
+
+from devices.ring import ChannelRings, wake, woken
 
 SCROLL_BACK = 256 << 10  # bytes
 BEHIND_MAX = 64 << 20  # bytes that wait for a client that does not read; beyond, it is dropped
@@ -87,6 +91,63 @@ class LogBackEnd(NullBackEnd):
             text = "".join(chr(b) if 0x20 <= b < 0x7F else f"\\x{b:02x}" for b in self._line)
             self._line.clear()
             self._say(text)
+
+
+class RingBackEnd(NullBackEnd):
+    """The device's end of a channel's rings: bytes come and go once, whatever processes of it are killed.
+
+    `put_out`, `taken_in`: positions behind the last committed step, None: those of the rings. What a new
+    process puts out again is not put twice; input that was taken in no committed step is taken again.
+    """
+
+    def __init__(
+        self, rings: ChannelRings, wake_rim: int, wake_device: int,
+        put_out: int | None = None, taken_in: int | None = None,
+    ) -> None:  # fmt: skip
+        self._output, self._input = rings.output, rings.input
+        self._wake_rim, self._wake_device = wake_rim, wake_device
+        self._put_out = self._output.tail if put_out is None else put_out
+        self._taken_in = self._input.head if taken_in is None else taken_in
+        self._output.waiting = False
+        self._input.head = self._taken_in
+        wake(wake_rim)  # an earlier process may have ended before it did
+        wake(wake_device)  # and it may have taken the wake-up for what it did not take
+
+    def write(self, data: bytes) -> None:
+        """Put all of it, waiting while the rim makes room."""
+        rest = data[max(0, self._output.tail - self._put_out) :]
+        self._put_out += len(data)
+        while rest:
+            rest = self._output.put(rest)
+            if rest and not self._output.room():
+                self._wait_for_room()
+        wake(self._wake_rim)
+
+    def take(self, most: int) -> bytes:
+        """What was taken before is committed by now, and its room given back."""
+        if self._input.head != self._taken_in:
+            self._input.head = self._taken_in
+            if self._input.waiting:
+                wake(self._wake_rim)
+        data = self._input.peek(most)
+        self._taken_in += len(data)
+        return data
+
+    def read_fds(self) -> list[int]:
+        return [self._wake_device]
+
+    def ready(self, readable: set[int], writable: set[int]) -> None:
+        if self._wake_device in readable:
+            woken(self._wake_device)
+
+    def _wait_for_room(self) -> None:
+        self._output.waiting = True
+        wake(self._wake_rim)
+        while not self._output.room():
+            select.select([self._wake_device], [], [])
+            woken(self._wake_device)
+        self._output.waiting = False
+        wake(self._wake_device)  # for what else it said
 
 
 class _Client:

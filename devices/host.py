@@ -48,13 +48,14 @@ from bus.frames import (
 from bus.grants import GrantRefused, attach
 from bus.link import BadRunDir, console_path
 from bus.mirror import MirrorWriter, page_of, slots
-from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd
+from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd, RingBackEnd
 from devices.base import Device, StateMismatch
 from devices.control import Control
 from devices.disks import BadDisk, Disks
 from devices.dma import GuestRam
 from devices.journal import BadJournal, InputKey, Journal, Record
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
+from devices.ring import ChannelRings
 from devices.slot import Slot
 from devices.tryout import try_out
 
@@ -87,7 +88,8 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     set_aside_after: int = 3  # processes that ended in the same step
     shape: dict[str, str] = {}  # what the machine was started with, see devices/tryout.py
     standby: bool = False  # take over from another process, when told to
-    fds: dict[str, int] = {}  # `journal`: without it the device doesn't survive its process; `control`
+    fds: dict[str, int] = {}  # `journal`: without it the device doesn't survive its process; `control`;
+    # `ring:<channel>`, `wake_rim`, `wake_device`: without them consoles and logs are in this process
 
 
 class Host:
@@ -115,12 +117,18 @@ class Host:
         self._outputs: list[tuple[str, bytes]] = []  # of the step
         self._put_out = dict(record.outputs) if record is not None else {}
         self._taken_in = dict(record.inputs) if record is not None else {}
+        for channel in cls.CHANNELS if record is not None else ():
+            self._put_out.setdefault(channel.sends, 0)
+            self._taken_in.setdefault(channel.sends, 0)
         self._stopping = False
         self._turns = 0
         self._channels = cls.CHANNELS
         self._backends: dict[str, BackEnd] = {
-            channel.sends: self._back_end(getattr(settings, channel.setting)) for channel in cls.CHANNELS
+            channel.sends: self._back_end(getattr(settings, channel.setting), channel.sends)
+            for channel in cls.CHANNELS
         }
+        if record is not None:  # put out again what may not have been
+            self._outputs = [o for o in record.output if isinstance(self._backends.get(o[0]), RingBackEnd)]
         clock = (config.clock_offset_ns, config.clock_stopped_ns) if record is None else record.clock
         self._clock = MachineClock(*clock)
         try:
@@ -355,8 +363,12 @@ class Host:
             self._journal.amend(launcher, self._endpoint.to_plain()[1][launcher])
         self._endpoint.release()
 
-    def _back_end(self, kind: str) -> BackEnd:
+    def _back_end(self, kind: str, channel: str) -> BackEnd:
+        fds = self._config.fds
         match kind:
+            case "console" | "log" if (ring := fds.get(f"ring:{channel}")) is not None:
+                positions = self._put_out.get(channel), self._taken_in.get(channel)
+                return RingBackEnd(ChannelRings(ring), fds["wake_rim"], fds["wake_device"], *positions)
             case "console":
                 return ConsoleBackEnd(console_path(self._config.run_dir, self._config.node))
             case "log":

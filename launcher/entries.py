@@ -21,9 +21,11 @@ class EntryPoints:
     cpu: str = "cpu_node.node.run"
     memory: str = "memory_node.node.run"
     device: str = "devices.host.run"
+    rim: str = "devices.rim.run"
 
     def preload(self) -> Preload:
         """What the fork server imports once for all."""
-        cpu, memory, device = (entry.rpartition(".")[0] for entry in (self.cpu, self.memory, self.device))
+        entries = (self.cpu, self.memory, self.device, self.rim)
+        cpu, memory, device, rim = (entry.rpartition(".")[0] for entry in entries)
         shared = ("zmq", "msgpack", "msgspec", "logging", "bus.endpoint", "bus.mirror", "bus.addressmap")
-        return Preload(shared, cpu, (memory, device, "devices.builtin"))
+        return Preload(shared, cpu, (memory, device, rim, "devices.builtin"))

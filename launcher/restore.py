@@ -134,6 +134,7 @@ def _run_machine(
     from launcher.affinity import dialogue_cores
     from launcher.facts import MachineFacts
     from launcher.journal import Journal
+    from launcher.rings import rim_spec
     from launcher.rundir import RunDir
     from launcher.signals import Signals
     from launcher.snapshot import SnapshotImages
@@ -159,6 +160,7 @@ def _run_machine(
             run_dir=run_dir.path,
             memory=specs[0],
             others=tuple(specs[1:]),
+            rim=rim_spec(entries, specs[1:-1]),
             images=SnapshotImages(memory.snapshot),
             start=index.start,
             console=run_dir.path / f"console-{index.console}.sock" if index.console else None,

@@ -19,6 +19,7 @@ from launcher.journal import Journal
 from launcher.options import UpOptions
 from launcher.plan import MachinePlan, child_specs, make_plan
 from launcher.pump import Pump
+from launcher.rings import rim_spec
 from launcher.rundir import RunDir
 from launcher.signals import Signals
 from launcher.supervisor import Launch, Supervisor
@@ -65,6 +66,7 @@ def run_machine(
             run_dir=run_dir.path,
             memory=memory,
             others=others,
+            rim=rim_spec(entries, others[:-1]),
             images=plan.boot.images,
             start=plan.boot.start,
             console=console_path(run_dir.path, plan.console) if plan.console else None,

@@ -36,6 +36,7 @@ from bus.frames import (
 )
 from bus.link import console_path
 from devices.journal import Journal as DeviceJournal
+from devices.rim import NODE as RIM
 from launcher import report
 from launcher.affinity import pin
 from launcher.control import ControlServer
@@ -47,6 +48,7 @@ from launcher.names import CPU, MEMORY
 from launcher.pausing import NotQuiet, Pausing
 from launcher.pump import Pump
 from launcher.restarts import Restarts
+from launcher.rings import with_rings
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 from launcher.swapping import SwapRefused, swap
@@ -84,6 +86,7 @@ class Launch:
     run_dir: Path
     memory: ChildSpec
     others: tuple[ChildSpec, ...]  # the devices, then the CPU node
+    rim: ChildSpec | None  # consoles and logs of the devices
     images: Iterable[tuple[int, bytes]]
     start: dict[str, int]
     console: Path | None  # socket of the console device, when someone wants to see it
@@ -128,14 +131,17 @@ class Supervisor:
         *devices, cpu = launch.others
         self._journals = {spec.node: DeviceJournal.make(spec.node) for spec in devices}
         devices = [replace(spec, fds={"journal": self._journals[spec.node]}) for spec in devices]
-        self._launch = replace(launch, others=(*devices, cpu))
+        rim = launch.rim
+        if rim is not None:
+            rim, devices = with_rings(rim, devices)
+        self._launch = replace(launch, others=(*devices, cpu), rim=rim)
         self._forkserver, self._pump = forkserver, pump
         self._signals, self._journal = signals, journal
         self._processes: dict[str, Process] = {}
         self._ps_requests: list[_PsRequest] = []
         self._deadline_ns: int | None = None
         self._started_ns = time.monotonic_ns()
-        self._console_open = False
+        self._console_asked = self._console_open = False
         self._endpoint = Endpoint(launch.run_dir, LAUNCHER)
         self._pausing = Pausing(self._ask)
         self._control = ControlServer(launch.run_dir / CONTROL)
@@ -163,6 +169,8 @@ class Supervisor:
         if self._launch.restored is not None:
             self._pausing.begin_paused(self._launch.restored.clock_ns)
         self._fork(self._launch.memory)
+        if self._launch.rim is not None:
+            self._fork(self._launch.rim)
         self._wait_for(lambda: self._processes[MEMORY].ready, START_S, "memory is not ready")
         restored = self._launch.restored
         if restored is None:
@@ -186,14 +194,18 @@ class Supervisor:
         if self._pump is not None and self._launch.console is not None:
             self._wait_for(lambda: self._console_open, START_S, "the console did not open")
 
-    def _open_console(self, node: str) -> None:
-        """Show the console of a device that has just become ready, if it is the one to be shown."""
-        if self._pump is not None and self._launch.console == console_path(self._launch.run_dir, node):
-            self._pump.connect(self._launch.console)
+    def _open_console(self) -> None:
+        """Show the console that is to be shown, once its device and the process with its socket are ready."""
+        path = self._launch.console
+        ready = {node for node, process in self._processes.items() if process.was_ready}
+        shown = {node for node in ready if console_path(self._launch.run_dir, node) == path}
+        if self._pump is not None and path is not None and not self._console_asked and RIM in ready and shown:
+            self._console_asked = True
+            self._pump.connect(path)
 
     def _fork(self, spec: ChildSpec) -> None:
         control: socket.socket | None = None
-        if spec.node != MEMORY:
+        if spec.node not in (MEMORY, RIM):
             spec = replace(spec, config={**spec.config, **self._pausing.node_config()})
         if spec.node in self._journals:
             child, control = self._fork_device(spec)
@@ -284,9 +296,9 @@ class Supervisor:
             case Event(kind="ready"):
                 if process is not None:
                     process.ready = process.was_ready = True
-                if CPU in self._processes and received.peer not in (CPU, MEMORY):
+                if CPU in self._processes and received.peer in self._journals:
                     self._endpoint.send(CPU, Attend(received.peer))
-                self._open_console(received.peer)
+                self._open_console()
             case Event(kind="poweroff"):
                 raise MachineEnd(EXIT_OK, f"powered off after {self._uptime_s():.1f} s")
             case Event(kind=kind) as event if kind in RESET_KINDS:
@@ -297,7 +309,7 @@ class Supervisor:
                 if process is not None:
                     process.last_words = text
             case Event() as event:
-                self._journal.event(received.peer, event)
+                self._journal.event(_whose(received.peer, event), event)
             case StatsReply(counters=counters):
                 for request in self._ps_requests:
                     request.counters[received.peer] = counters
@@ -350,7 +362,7 @@ class Supervisor:
                 self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
 
     def _devices(self) -> list[str]:
-        return [node for node in self._processes if node not in (CPU, MEMORY)]
+        return list(self._journals)
 
     def _go_on(self) -> None:
         try:
@@ -446,7 +458,7 @@ class Supervisor:
                 row["state"] = "starting"
             elif node in request.missing:
                 row["state"] += ", silent"
-            elif self._pausing.paused and node != MEMORY:
+            elif self._pausing.paused and node not in (MEMORY, RIM):
                 row["state"] = "paused"
             if request.everything:
                 row["counters"] = request.counters.get(node, {})
@@ -511,7 +523,7 @@ class Supervisor:
             line = f"reset by {source}: {event.text}"
             raise MachineEnd(EXIT_RESET, "\n".join([line, *report.cpu_state_lines(state)]))
         self._journal.event(source, event)
-        nodes = [n for n in self._processes if n not in (CPU, MEMORY)]
+        nodes = list(self._journals)
         try:
             self._request(CPU, Reset())  # with no registers to start from: stay in reset
             for node in nodes:
@@ -537,14 +549,15 @@ class Supervisor:
     # ---- end -----------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        """Politely: the CPU node first, so that all it has posted arrives; then the devices.
+        """Politely: the CPU node first, so that all it has posted arrives; the devices; then the consoles.
 
         A guest may have ended before its console was open: then that comes first.
         """
         if self._pump is not None and self._launch.console is not None and not self._console_open:
             self._await_console(self._pump)
         self._shut_down([CPU])
-        self._shut_down([node for node in self._processes if node != CPU])
+        self._shut_down([node for node in self._processes if node not in (CPU, RIM)])
+        self._shut_down([RIM])  # when all has been said
 
     def _await_console(self, pump: Pump) -> None:
         deadline_ns = time.monotonic_ns() + int(CONSOLE_S * SECOND_NS)
@@ -569,7 +582,7 @@ class Supervisor:
             ended, _ = self._endpoint.wait(left_ns, [*alive, self._signals.descriptor])
             for received in self._endpoint.receive():
                 if isinstance(received.frame, Event) and received.frame.kind not in LIFE_KINDS:
-                    self._journal.event(received.peer, received.frame)
+                    self._journal.event(_whose(received.peer, received.frame), received.frame)
             if self._signals.descriptor in ended and self._signals.take() is not None:
                 return  # once more Ctrl-C: no politeness
             for fd in ended & alive.keys():
@@ -597,3 +610,8 @@ class Supervisor:
 
     def _uptime_s(self) -> float:
         return (time.monotonic_ns() - self._started_ns) / SECOND_NS
+
+
+def _whose(peer: str, event: Event) -> str:
+    """The node that an event is about: log lines of devices come from another process."""
+    return str(event.data.get("node", peer))

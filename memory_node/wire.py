@@ -16,7 +16,7 @@ import msgpack
 
 RECORD_MAX = 160 << 10  # below Linux's default socket buffer, so that one record always fits
 DATA_MAX = 128 << 10  # bytes of bulk data per record
-FDS_MAX = 16
+FDS_MAX = 250  # Linux takes 253 [unix(7), SCM_RIGHTS]
 
 
 class BadRecord(ValueError):

@@ -53,7 +53,8 @@ from bus.frames import (
 )
 from bus.grants import GrantRefused, attach
 from bus.io import IoClient
-from devices.host import HostConfig, console_path
+from bus.link import console_path
+from devices.host import HostConfig
 from tests.devices import parts
 from tests.devices.parts import Gadget
 

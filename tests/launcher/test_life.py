@@ -168,7 +168,7 @@ def test_an_entry_point_that_does_not_import(machine_file: Path, runtime: Path, 
     assert_nothing_left(runtime)
 
 
-PARTS = ["cpu0", "memory", "forkserver", "console"]
+PARTS = ["cpu0", "memory", "forkserver", "console", "consoles"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -278,7 +278,7 @@ def test_detached_machine_ps_console_down(machine_file: Path, runtime: Path, lau
         assert lines[1].split() == " ".join(COLUMNS).split()
         silent = any("silent" in line for line in lines)
     rows = {line.split()[0]: line.split() for line in lines[2:]}
-    assert list(rows) == ["launcher", "forkserver", "memory", "uart0", "pic", "cpu0"]
+    assert list(rows) == ["launcher", "forkserver", "memory", "consoles", "uart0", "pic", "cpu0"]
     for node, row in rows.items():
         assert Path(f"/proc/{row[1]}").exists(), node
         assert row[-1] == "0", "restarts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import termios
@@ -54,7 +55,7 @@ def test_the_power_off_restores_it_after_all_output(
     assert_nothing_left(runtime)
 
 
-@pytest.mark.parametrize("part", ["launcher", "console", "cpu0", "uart0", "forkserver"])
+@pytest.mark.parametrize("part", ["launcher", "console", "consoles", "cpu0", "forkserver"])
 def test_kill_9_restores_it_and_shows_what_was_said(
     part: str, machine_file: Path, runtime: Path, launcher: Start
 ) -> None:
@@ -72,6 +73,31 @@ def test_kill_9_restores_it_and_shows_what_was_said(
     assert f"line {len(said) - 1}".startswith(said[-1])  # the UART may have been killed in mid-line
     if part == "launcher":
         assert launcher("idle", "ps").finish() == 0  # cleans up the directory
+    assert_nothing_left(runtime)
+
+
+def part_or_none(command: Command, name: str) -> int | None:
+    with contextlib.suppress(AssertionError):
+        return command.part(name)
+    return None
+
+
+def test_a_killed_uart_is_not_noticed(machine_file: Path, runtime: Path, launcher: Start) -> None:
+    """The console stays connected, no byte is lost or doubled, and what is typed arrives."""
+    command = launcher("chatter", "up", machine_file)
+    killed: list[int] = []
+    for n in range(20, 100, 20):
+        command.read_until(f"line {n}\r\n")
+        wait_until(lambda: (pid := part_or_none(command, "uart0")) is not None and pid not in killed, "uart0")
+        wait_running(runtime / "fake")
+        killed.append(command.part("uart0"))
+        os.kill(killed[-1], signal.SIGKILL)
+    command.read_until("line 200\r\n")
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.finish() == 128 + signal.SIGTERM
+    assert len(set(killed)) == 4
+    said = command.output.decode().split("\r\n")
+    assert said == [f"line {n}" for n in range(len(said) - 1)] + [""]
     assert_nothing_left(runtime)
 
 

@@ -22,8 +22,8 @@ from tests.machine.processes import titles
 pytestmark = pytest.mark.machine
 
 COUNT_PA = 0x200000  # as in guests/numbers.S
-DEVICES = ("pic", "pit", "kbd", "pm")  # each goes on in a new process
-PARTS = ("launcher", "fork server", "console", "memory", "cpu0")
+DEVICES = ("uart0", "pic", "pit", "kbd", "pm")  # each goes on in a new process
+PARTS = ("launcher", "fork server", "console", "memory", "consoles", "cpu0")
 INTERRUPTED_EARLY = (1, -signal.SIGINT)  # Python's own answers to Ctrl-C, before and while main is imported
 MOMENTS = 8
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}

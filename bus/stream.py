@@ -87,8 +87,9 @@ class Stream:
     def repeat(self) -> Iterator[bytes]:
         """What is retained, from the oldest on, as far as the window goes; to be sent (again). Before it an
         Ack, in answer to Resume: earlier ones may be lost, and the other side's window be shut for good."""
-        self._told = self.seen
-        yield encode(Ack(), 0, self.seen, 0, 0, self._now_ns())
+        if self._told < self.seen:
+            self._told = self.seen
+            yield encode(Ack(), 0, self.seen, 0, 0, self._now_ns())
         self._under_way = 0
         yield from self.take_waiting()
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from bus.codec import BadFrame
 from bus.counters import Counters
-from bus.frames import Frame, PostedBatch, PostedWrite, Read, Refused
+from bus.frames import Frame, Ping, PostedBatch, PostedWrite, Read, Refused
 from bus.link import Link
 from bus.stream import Need, Stream, id_source
 
@@ -200,9 +200,16 @@ class Target:
         return self._stream.positions()
 
     def close(self, until_ns: int) -> None:
-        """Stay until what was sent has left, or until then."""
-        while self._stream.unacknowledged and not self._live and self._asking.now_ns() < until_ns:
-            self._take_all(1)
+        """Stay until the device has committed what was sent, or until then."""
+        asking, span = self._asking, next(self._asking.ids)
+        if self._stream.unacknowledged:
+            data = self._stream.encode(Ping(), span, span)  # Pong comes behind all that was sent before
+            if data is not None and self._live:
+                self._link.send(data)
+            while asking.now_ns() < until_ns:
+                answer = self._link.receive(1)
+                if answer is not None and self._take(answer, span) is not None:
+                    break
         self._link.close()
 
     def attend(self) -> bool:

@@ -27,7 +27,7 @@ from bus.stream import Positions
 
 __all__ = ["AccessRefused", "DeviceGone", "IoClient", "OnLate", "OnOpenBus"]
 
-CLOSE_NS = 300_000_000  # for what was sent before the devices were connected
+CLOSE_NS = 3_000_000_000  # for devices to commit what was sent
 STRING_BYTES = 1 << 16  # longer strings travel in several messages
 
 

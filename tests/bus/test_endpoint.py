@@ -324,9 +324,10 @@ def test_the_io_client_over_sockets(run_dir: Path) -> None:
     finally:
         io.close()  # sends what is pending
         deadline = time.monotonic() + LONG_NS / 1e9
-        while len(server.seen) < 21 and time.monotonic() < deadline:
+        while len(server.seen) < 22 and time.monotonic() < deadline:
             time.sleep(0.005)
         server.close()
+    assert isinstance(server.seen.pop().frame, Ping)  # close() waits for its answer
     assert [r.frame for r in server.seen[:-1]] == [Read("regs", 2, 1, (("regs", 1, 1, 5),))] * 20
     assert {r.peer for r in server.seen} == {"cpu0.io"}
     assert server.seen[-1].frame == PostedBatch((("regs", 1, 1, 6),))

@@ -28,8 +28,8 @@ def test_stats_of_a_running_machine(machine_file: Path, runtime: Path, launcher:
     lines = stats.output.decode().splitlines()
     assert lines[0] == "machine fake"
     assert lines[1].split() == " ".join(COLUMNS).split()
-    assert [line.split()[0] for line in lines[2:8]] == [
-        "launcher", "forkserver", "memory", "uart0", "pic", "cpu0",
+    assert [line.split()[0] for line in lines[2:9]] == [
+        "launcher", "forkserver", "memory", "consoles", "uart0", "pic", "cpu0",
     ]  # fmt: skip
 
     silent = True

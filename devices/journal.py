@@ -32,8 +32,7 @@ class BadJournal(ValueError):
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True):
-    """What is committed at the end of a step. `fields` to `version`: the device's state (DeviceState.dump).
-    What is committed at the end of a step. `fields` to `version`: the device's state (DeviceState.dump)."""
+    """What is committed at the end of a step. `kind` to `fields`: the device's state (DeviceState.dump)."""
 
     kind: str
     version: int

@@ -69,8 +69,7 @@ class Outside(Protocol):
     def output(self, channel: str, data: bytes) -> None: ...
 
     def begin(self, source: str, number: int) -> bool:
-        """A step about this input begins; False if it is to be set aside, as too many processes ended in it.
-        A step about this input begins; False if it is to be set aside, as too many processes ended in it."""
+        """A step about this input begins; False if it is to be set aside, too many processes ended in it."""
 
     def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
         """A step ends. Each effect calls one of the functions above; none may be seen yet."""

@@ -2,7 +2,9 @@
 
 One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
 of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {};
-{"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}. What can't be done: {"error": one line}.
+{"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}; {"op": "swap", "device", "type",
+"settings"} -> {"type", "old", "new", "pause_ns"}; {"op": "kill", "device"} -> {"pid"}. What can't be done: {"error": one
+line}, where bad input is the reason with "status", the exit status that goes with it.
 An answer may come later than the request; the connection stays open until then.
 """
 
@@ -28,9 +30,11 @@ DOWN_MS = 30_000  # longer than the supervisor is polite
 
 
 class NoAnswer(LauncherError):
-    """A launcher that is running does not answer."""
+    """A launcher that is running does not answer, or not with what it was asked for."""
 
-    exit_status = EXIT_DIED
+    def __init__(self, line: str, exit_status: int = EXIT_DIED) -> None:
+        super().__init__(line)
+        self.exit_status = exit_status
 
 
 class ControlServer:
@@ -98,7 +102,7 @@ def ask(path: Path, op: str, machine: str, timeout_s: float = ANSWER_S, **argume
     if received is None:
         raise NoAnswer(f"{machine}: its launcher has ended")
     if "error" in received[0]:
-        raise NoAnswer(f"{machine}: {received[0]['error']}")
+        raise NoAnswer(f"{machine}: {received[0]['error']}", received[0].get("status", EXIT_DIED))
     return received[0]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 EXIT_OK = 0  # the guest powered off, `--until` was seen, the user left, or `down`
 EXIT_INPUT = 2  # bad input: machine file, image, option, host
@@ -31,7 +30,7 @@ EXIT_MEANINGS = {
 class LauncherError(Exception):
     """An error the user sees as one line; `exit_status` ends the command."""
 
-    exit_status: ClassVar[int] = EXIT_INPUT
+    exit_status: int = EXIT_INPUT
 
 
 class ConfigError(LauncherError):
@@ -50,7 +49,7 @@ class ConfigError(LauncherError):
 class MachineDied(LauncherError):
     """A process of the machine ended when it should not have."""
 
-    exit_status: ClassVar[int] = EXIT_DIED
+    exit_status = EXIT_DIED
 
 
 def ending(body: Callable[[], int]) -> int:

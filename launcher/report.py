@@ -14,12 +14,12 @@ from bus.frames import Event, Frame
 from launcher.errors import one_line
 
 if TYPE_CHECKING:
-    from launcher.supervisor import Process
+    from launcher.processes import Process
 
 END_MS = 5000  # for the kernel to finish ending a process that was killed
 LOG_TAIL = 4096
 STATES = {"R": "running", "S": "waiting", "D": "disk wait", "T": "stopped", "t": "traced", "Z": "ended"}
-COLUMNS = ("NODE", "PID", "STATE", "FRAMES IN", "OUT", "P50", "P99", "CPU", "RESTARTS")
+COLUMNS = ("NODE", "PID", "STATE", "FRAMES IN", "OUT", "P50", "P99", "CPU", "RESTARTS", "SWAPS")
 REGISTERS = (
     ("eax", "ebx", "ecx", "edx"),
     ("esi", "edi", "ebp", "esp"),
@@ -31,10 +31,10 @@ TABLES = ("gdt", "idt")  # base, limit
 DEBUG_REGISTERS = (0, 1, 2, 3, 6, 7)  # 4 and 5 are 6 and 7
 
 
-def ps_row(node: str, pid: int, counters: dict[str, Any] | None, restarts: int = 0) -> dict[str, Any]:
+def ps_row(node: str, pid: int, counters: dict[str, Any] | None) -> dict[str, Any]:
     """One process; `counters` of its endpoint, None where it has none or did not answer."""
     state, cpu_s = process_state(pid)
-    row = {"node": node, "pid": pid, "state": state, "cpu_s": cpu_s, "restarts": restarts}
+    row = {"node": node, "pid": pid, "state": state, "cpu_s": cpu_s, "restarts": 0, "swaps": 0}
     for name in ("frames_in", "frames_out", "latency_p50_ns", "latency_p99_ns"):
         row[name] = counters.get(name) if counters else None
     return row
@@ -81,6 +81,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         _time(row["latency_p99_ns"]),
         f"{row['cpu_s']:.2f} s",
         str(row["restarts"]),
+        str(row["swaps"]),
     )
 
 

@@ -134,11 +134,12 @@ def _run_machine(
     from launcher.affinity import dialogue_cores
     from launcher.facts import MachineFacts
     from launcher.journal import Journal
+    from launcher.launch import Launch
     from launcher.rings import rim_spec
     from launcher.rundir import RunDir
     from launcher.signals import Signals
     from launcher.snapshot import SnapshotImages
-    from launcher.supervisor import Launch, Supervisor
+    from launcher.supervisor import Supervisor
 
     index = memory.snapshot.index
     name = options.name if options.name is not None else index.origin.name

@@ -16,13 +16,14 @@ from launcher.entries import EntryPoints
 from launcher.facts import MachineDisk, MachineFacts
 from launcher.forkserver import ForkServer
 from launcher.journal import Journal
+from launcher.launch import Launch
 from launcher.options import UpOptions
 from launcher.plan import MachinePlan, child_specs, make_plan
 from launcher.pump import Pump
 from launcher.rings import rim_spec
 from launcher.rundir import RunDir
 from launcher.signals import Signals
-from launcher.supervisor import Launch, Supervisor
+from launcher.supervisor import Supervisor
 from launcher.tsc_unsafe import TscClock
 
 KEPT = ".kept"  # files of translations

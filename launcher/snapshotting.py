@@ -24,7 +24,7 @@ from memory_node.client import MemoryClient, MemoryRefused
 from memory_node.snapshot import Damaged
 
 if TYPE_CHECKING:
-    from launcher.supervisor import Launch
+    from launcher.launch import Launch
 
 # of a node's config: what is another's in another life of the machine
 OWN = frozenset(("node", "run_dir", "machine", "log_level", "clock_offset_ns", "clock_stopped_ns", "state",

@@ -100,7 +100,7 @@ def timing_table(timing: dict[str, Any], most: int = 40) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    node, pid, state, frames_in, frames_out, p50, p99, cpu, _ = report.cells(row)
+    node, pid, state, frames_in, frames_out, p50, p99, cpu, *_ = report.cells(row)
     mappings = row["mappings"]
     return (node, pid, state, cpu, _size(row["rss_kib"]), _size(row["pss_kib"]),
             "-" if mappings is None else str(mappings), frames_in, frames_out, p50, p99)

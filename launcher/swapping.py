@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.errors import EXIT_DIED, EXIT_INPUT
 from launcher.forkserver import Child, ChildSpec
 from memory_node import wire
 
@@ -34,7 +35,11 @@ ForkDevice = Callable[[ChildSpec], tuple[Child, socket.socket]]
 
 
 class SwapRefused(RuntimeError):
-    """The old process goes on; one line says why."""
+    """The old process goes on; one line says why. `exit_status`: of the command that asked for it."""
+
+    def __init__(self, line: str, exit_status: int = EXIT_INPUT) -> None:
+        super().__init__(line)
+        self.exit_status = exit_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,8 @@ def swap(
         retired = _answer(old_control, old, RETIRE_S, "retired", number)
         if retired is None:
             _send(old_control, "resume")
-            raise SwapRefused(f"{node}: its process (pid {old.pid}) has not ended its step in {RETIRE_S:g} s")
+            why = f"its process (pid {old.pid}) has ended, or not ended its step in {RETIRE_S:g} s"
+            raise SwapRefused(f"{node}: {why}", EXIT_DIED)
         try:
             _send(control, "take-over")
             _expect(node, "live", control, child, LIVE_S)

@@ -271,7 +271,8 @@ def test_what_the_processes_are_told(machine_file: Path, tmp_path: Path) -> None
 
 def test_ps_table() -> None:
     counters = {"frames_in": 12, "frames_out": 3, "latency_p50_ns": 71_400, "latency_p99_ns": 25_000_000}
-    rows = [ps_row("cpu0", os.getpid(), counters), ps_row("launcher", os.getpid(), None, restarts=2)]
+    rows = [ps_row("cpu0", os.getpid(), counters), ps_row("launcher", os.getpid(), None)]
+    rows[1] |= {"restarts": 2, "swaps": 7}
     lines = table(rows).splitlines()
     assert lines[0].split() == [
         "NODE",
@@ -284,10 +285,11 @@ def test_ps_table() -> None:
         "P99",
         "CPU",
         "RESTARTS",
+        "SWAPS",
     ]
     assert lines[1].split()[:9] == ["cpu0", str(os.getpid()), "running", "12", "3", "71", "us", "25", "ms"]
     assert lines[2].split()[3:7] == ["-", "-", "-", "-"]
-    assert lines[2].endswith("2")
+    assert lines[2].split()[-2:] == ["2", "7"]
 
 
 def test_state_of_a_process() -> None:

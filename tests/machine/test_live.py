@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.errors import EXIT_INPUT
 from tests.machine.drive import LEAVE, ROOT, Screen, command, environment
 from tests.machine.files import asm_machine
 from tests.machine.processes import titles
@@ -88,7 +89,7 @@ def refused(runtime: Path, *arguments: str) -> str:
         [sys.executable, "-m", "launcher.main", *arguments],
         env=environment(runtime), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode != 0
+    assert done.returncode == EXIT_INPUT
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line

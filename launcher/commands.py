@@ -1,0 +1,169 @@
+"""What the users of a running machine ask its launcher for, over the control socket (launcher/control.py)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bus.endpoint import Endpoint
+from bus.frames import Stats, StatsReply, Timing
+from devices.rim import NODE as RIM
+from launcher import report
+from launcher.control import ControlServer
+from launcher.errors import EXIT_OK
+from launcher.forkserver import ForkServer
+from launcher.launch import MachineEnd
+from launcher.names import CPU, MEMORY
+from launcher.pausing import Ask, NotQuiet, Pausing
+from launcher.processes import Processes
+from launcher.pump import Pump
+from launcher.swapping import SwapRefused
+
+if TYPE_CHECKING:
+    from launcher.snapshotting import Snapshots
+
+STATS_NS = 300_000_000
+
+
+@dataclass(slots=True)
+class _PsRequest:
+    """Of `launcher ps`, or of `launcher stats`, which is shown all counters."""
+
+    client: int
+    everything: bool
+    deadline_ns: int
+    missing: set[str]
+    counters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Commands:
+    """Of one supervisor: its loop waits on `descriptors` until `deadline_ns`, and calls `turn`."""
+
+    def __init__(
+        self,
+        path: Path,
+        processes: Processes,
+        pausing: Pausing,
+        endpoint: Endpoint,
+        ask: Ask,
+        forkserver: ForkServer,
+        pump: Pump | None,
+    ) -> None:
+        self._control = ControlServer(path)
+        self._processes, self._pausing, self._endpoint, self._ask = processes, pausing, endpoint, ask
+        self._forkserver, self._pump = forkserver, pump
+        self._ps_requests: list[_PsRequest] = []
+        self._snapshots: Snapshots | None = None  # made when the first is asked for
+
+    def descriptors(self) -> list[int]:
+        written = self._snapshots.descriptors() if self._snapshots is not None else []
+        return [*self._control.descriptors(), *written]
+
+    def deadline_ns(self) -> int | None:
+        """When somebody is answered who waits for others' answers, on CLOCK_MONOTONIC."""
+        return min((r.deadline_ns for r in self._ps_requests), default=None)
+
+    def turn(self, readable: set[int]) -> None:
+        """Do what was asked for and answer what can be answered. MachineEnd for `down`."""
+        for fd in readable.intersection(self._control.descriptors()):
+            for client, request in self._control.readable(fd):
+                self._obey(client, request)
+        if self._snapshots is not None and readable.intersection(self._snapshots.descriptors()):
+            self._snapshots.finish(self._processes.devices)
+        self._answer_ps()
+
+    def take(self, node: str, reply: StatsReply) -> None:
+        """A node's counters have come."""
+        for request in self._ps_requests:
+            request.counters[node] = reply.counters
+            request.missing.discard(node)
+
+    def close(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.close()
+        self._control.close()
+
+    def _obey(self, client: int, request: dict[str, Any]) -> None:
+        match op := request["op"]:
+            case "down":
+                self._control.answer(client, {})
+                raise MachineEnd(EXIT_OK, "ended by `launcher down`")
+            case "pause" | "resume" | "swap" | "kill" if self._snapshots is not None and self._snapshots.busy:
+                self._control.answer(client, {"error": "a snapshot is being written"})
+            case "pause" | "resume":
+                self._pause_or_resume(client, op == "pause")
+            case "swap" | "kill":
+                self._replace(client, op, request)
+            case "snapshot":
+                self._snapshot(client, request)
+            case "timing-on" | "timing-off":
+                self._endpoint.send(CPU, Timing(op == "timing-on"))
+                self._control.answer(client, {})
+            case "ps" | "stats":
+                asked = {node for node, process in self._processes.by_node.items() if process.ready}
+                for node in asked:
+                    self._endpoint.send(node, Stats())
+                deadline_ns = time.monotonic_ns() + STATS_NS
+                self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
+
+    def _pause_or_resume(self, client: int, pause: bool) -> None:
+        try:
+            (self._pausing.pause if pause else self._pausing.resume)(CPU, self._processes.devices)
+        except NotQuiet as e:
+            self._control.answer(client, {"error": str(e)})
+        else:
+            self._control.answer(client, {})
+
+    def _replace(self, client: int, op: str, request: dict[str, Any]) -> None:
+        node = str(request.get("device"))
+        try:
+            if op == "kill":
+                reply: dict[str, Any] = {"pid": self._processes.kill(node)}
+            else:
+                reply = self._processes.swap(node, request.get("type"), request.get("settings") or {})
+        except SwapRefused as e:
+            reply = {"error": str(e), "status": e.exit_status}
+        self._control.answer(client, reply)
+
+    def _snapshot(self, client: int, request: dict[str, Any]) -> None:
+        if self._snapshots is None:
+            from launcher.snapshotting import Snapshots  # takes its time to import
+
+            processes = self._processes
+            self._snapshots = Snapshots(
+                lambda: processes.launch, self._pausing, self._ask, self._control.answer
+            )
+        if self._snapshots.busy:
+            self._control.answer(client, {"error": "a snapshot is being written already"})
+        else:
+            self._snapshots.begin(client, request, self._processes.devices)
+
+    def _answer_ps(self) -> None:
+        for request in list(self._ps_requests):
+            if not request.missing or time.monotonic_ns() >= request.deadline_ns:
+                self._ps_requests.remove(request)
+                self._control.answer(request.client, {"rows": list(self._ps_rows(request))})
+
+    def _ps_rows(self, request: _PsRequest) -> Iterator[dict[str, Any]]:
+        yield report.ps_row("launcher", os.getpid(), self._endpoint.stats())
+        yield report.ps_row("forkserver", self._forkserver.pid, None)
+        if self._pump is not None:
+            yield report.ps_row("console", self._pump.pid, None)
+        for node, process in self._processes.by_node.items():
+            row = report.ps_row(node, process.child.pid, request.counters.get(node))
+            row |= {"restarts": process.restarts.count, "swaps": process.swaps}
+            if process.restarts.due_s is not None:
+                row["state"] = process.restarts.state(time.monotonic())
+            elif not process.ready:
+                row["state"] = "starting"
+            elif node in request.missing:
+                row["state"] += ", silent"
+            elif self._pausing.paused and node not in (MEMORY, RIM):
+                row["state"] = "paused"
+            if request.everything:
+                row["counters"] = request.counters.get(node, {})
+            yield row

@@ -1,0 +1,39 @@
+"""What a machine is started from, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.facts import MachineFacts
+from launcher.forkserver import ChildSpec
+
+if TYPE_CHECKING:
+    from launcher.restore import Restored
+
+
+class MachineEnd(Exception):
+    """The machine is to end: with which exit status, and what to tell the user."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(line)
+        self.status, self.line = status, line
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a machine is made of, in the order of its start."""
+
+    machine: str
+    run_dir: Path
+    memory: ChildSpec
+    others: tuple[ChildSpec, ...]  # the devices, then the CPU node
+    rim: ChildSpec | None  # consoles and logs of the devices
+    images: Iterable[tuple[int, bytes]]
+    start: dict[str, int]
+    console: Path | None  # socket of the console device, when someone wants to see it
+    stop_on_reset: bool
+    facts: MachineFacts | None = None  # for snapshots
+    restored: Restored | None = None

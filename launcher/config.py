@@ -24,7 +24,7 @@ MIN_MEMORY = 16 << 20
 MAX_MEMORY = 3 << 30  # above it the PC's I/O APIC, local APIC and firmware ranges begin
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
-NODE_NAMES_TAKEN = ("cpu0", "memory", "launcher")
+NODE_NAMES_TAKEN = ("cpu0", "memory", "launcher", "forkserver", "console", "consoles")
 
 
 class Size(int):
@@ -35,6 +35,7 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     name: str
     memory: Size
     on_reset: Literal["restart", "stop"] = "restart"
+    set_aside_after: int = 3  # processes of a device that ended in one frame; see docs/live-swap.md
     console: str | None = None  # the device shown by `up`; needed where several have a console
 
 
@@ -153,6 +154,7 @@ def _validated(file: Path, plain: dict[str, Any]) -> MachineConfig:
     devices = tuple(_with_absolute_type(folder, d) for d in parsed.device)
     config = MachineConfig(file, parsed.machine, parsed.cpu, parsed.boot, parsed.memory, devices)
     _check_names(config)
+    _check_set_aside(config)
     _check_memory_size(config)
     _check_translations(config)
     return config
@@ -188,6 +190,12 @@ def _check_names(config: MachineConfig) -> None:
         if device.name in seen:
             raise config.error(key, f"a second device is named {device.name!r}", "choose another name")
         seen.add(device.name)
+
+
+def _check_set_aside(config: MachineConfig) -> None:
+    if config.machine.set_aside_after < 1:
+        problem = f"{config.machine.set_aside_after} processes can't have ended in a frame"
+        raise config.error("machine.set_aside_after", problem, "write a number from 1 on")
 
 
 def _check_memory_size(config: MachineConfig) -> None:

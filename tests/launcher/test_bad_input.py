@@ -30,6 +30,10 @@ CASES = {
         machine_text(rest="[cpu]\napic = 1\n"),
         "cpu.apic: is of type int; write a value of type bool",
     ),
+    "no number of processes": (
+        machine_text('name = "a"\nmemory = "16M"\nset_aside_after = 0'),
+        "machine.set_aside_after: 0 processes can't have ended in a frame; write a number from 1 on",
+    ),
     "wrong choice": (
         machine_text('name = "a"\nmemory = "16M"\non_reset = "explode"'),
         """machine.on_reset: 'explode' is not allowed here; write "restart" or "stop\"""",

@@ -71,7 +71,8 @@ def test_bad_arguments(arguments: list[str], launcher: Start) -> None:
 def row(node: str, counters: dict[str, object]) -> dict[str, object]:
     memory = {"rss_kib": 2048, "pss_kib": 1024, "mappings": 321}
     return {"node": node, "pid": 1, "state": "waiting", "cpu_s": 0.5, "restarts": 0, "swaps": 0,
-            "frames_in": 1, "frames_out": 2, "latency_p50_ns": None, "latency_p99_ns": None, "counters": counters, **memory}
+            "frames_in": 1, "frames_out": 2, "latency_p50_ns": None, "latency_p99_ns": None,
+            "counters": counters, **memory}
 
 
 def test_all_counters_are_shown() -> None:

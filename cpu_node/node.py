@@ -1,8 +1,8 @@
 """The process of one CPU: the engine in the main thread, the bus in a second one.
 
 The CPU's own accesses go out through an IoClient of the main thread. What comes in unasked (INT pin,
-messages of I/O APICs, the launcher's requests) is received by the bus thread, queued, and announced by
-SIGALRM to the main thread, which stops translated code wherever it is.
+messages of I/O APICs, the launcher's requests) is received by the bus thread (cpu_node/bus_thread.py), whose
+SIGALRM stops translated code wherever it is.
 Left out: more than one CPU; INIT and start-up IPIs; NMI where the machine has no local APIC.
 """
 
@@ -13,12 +13,10 @@ import gc
 import logging
 import mmap
 import os
-import select
 import signal
-import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from bus import codemap
 from bus.addressmap import AddressMap
 from bus.clock import MachineClock
 from bus.codemap import CodeMap
-from bus.endpoint import Endpoint, Received
+from bus.endpoint import Received
 from bus.frames import (
     ApicMessage,
     Attend,
@@ -40,8 +38,6 @@ from bus.frames import (
     Intr,
     Pause,
     PauseReply,
-    Ping,
-    Pong,
     Refused,
     Reset,
     ResetReply,
@@ -54,6 +50,8 @@ from bus.frames import (
 )
 from bus.io import IoClient
 from cpu_node import assembled, stubs_unsafe, timing
+from cpu_node.attention import Attention
+from cpu_node.bus_thread import BusThread
 from cpu_node.counters import counters_of
 from cpu_node.cpuid import CpuModel, host_flags
 from cpu_node.engine import Engine
@@ -67,9 +65,6 @@ from cpu_node.store import Store, version
 from cpu_node.tlb import HOST_FLAG
 from memory_node.client import attach
 
-MEET_NS = 60_000_000_000  # for how long the first answer of a device is looked out for
-ATTEND_NS = 2_000_000  # how often to look at the socket of a device whose process is new,
-ATTENDED_FOR_NS = 1_000_000_000  # and for how long: it may have been heard before we were told
 LOOK_UP_NS = 200_000_000  # while a device doesn't answer: is the machine to end?
 LATE_NS = 10_000_000_000  # then the launcher hears of it
 FLUSH_NS = 2_000_000  # posted writes wait no longer than this
@@ -98,16 +93,13 @@ class Node:
         self.config = config
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # threads made from here on inherit it
         self.intr = False
-        self._inbox: deque[Received] = deque()
-        self._outbox: deque[tuple[Received | None, Frame]] = deque()
-        self._to_bus = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._to_cpu = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bus = BusThread(config.run_dir, config.node, config.launcher, self._waits)
+        self._inbox = self._bus.inbox
         self._idle = False
         self._in_reset = False
         self._ending = False
         self._paused = config.clock_stopped_ns is not None
         self._pauses: list[Received] = []  # to be answered once the guest stands
-        self._closing = False
         self._alarm_ns: int | None = None  # the engine's
         self._flush_ns: int | None = None
         self._armed_ns: int | None = None
@@ -166,31 +158,25 @@ class Node:
 
             self.engine.direct = choose.start(self.engine, ram_fd, config.user_mode, config.trap_backend)
         self._late_nodes: set[str] = set()  # that the launcher was told of
-        until_ns = self.clock() + MEET_NS
-        self._attended = dict.fromkeys(self._io.nodes, until_ns)  # devices -> until when
-        self._cpu_thread = threading.get_ident()
-        self._bus_thread = threading.Thread(target=self._serve, name="bus", daemon=True)
-        self._endpoint_stats: dict[str, Any] = {}
+        self._attention = Attention(self._io, self.clock())
         self._timing: timing.Timing | None = None
         how = os.environ.get(TIMING_VARIABLE, "")
         self._timing_wanted: bool | None = True if how else None
         self._timing_clock = time.thread_time_ns if how == "cpu" else time.perf_counter_ns
-        self._bus_ready = threading.Event()
 
     # ---- the CPU's thread
 
     def run(self) -> None:
         """Until the launcher says Shutdown."""
         engine = self.engine
-        self._bus_thread.start()
-        self._bus_ready.wait()
+        self._bus.start()
         if self.config.state is None:
             engine.start(self.config.start)
         else:
             try:
                 self.intr = self._standing.load(self.config.state)
             except CpuStateMismatch as error:
-                self._send(Event("refused", f"{self.config.node}: {error}"))
+                self._bus.send(Event("refused", f"{self.config.node}: {error}"))
                 self.close()
                 return
             if not self._paused:
@@ -198,7 +184,7 @@ class Node:
         gc.freeze()  # what is there now stays; what comes is mostly lines, which stay, too
         gc.set_threshold(GC_THRESHOLD)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
-        self._send(Event("ready", self.config.node))
+        self._bus.send(Event("ready", self.config.node))
         while not self._ending:
             if self._paused:
                 self._stand()
@@ -222,9 +208,7 @@ class Node:
     def close(self) -> None:
         """Let everything said so far leave this process; keep what was translated."""
         self._io.close()
-        self._closing = True
-        os.eventfd_write(self._to_bus, 1)
-        self._bus_thread.join(CLOSE_S)
+        self._bus.close(CLOSE_S)
         self._cache.keep(last=True)
         self._keep_assembled()
         if self._cache.store is not None:
@@ -248,7 +232,7 @@ class Node:
             text += f" at {self.engine.where()}"
         log.critical("%s\n%s", text, traceback.format_exc())
         self._cache.store = None  # what led here is not for the next start
-        self._send(Event("cpu-error", text))
+        self._bus.send(Event("cpu-error", text))
         self.close()
 
     def port_read(self, port: int, width: int) -> int:
@@ -291,8 +275,8 @@ class Node:
         if self._flush_ns is not None and now_ns >= self._flush_ns:
             self._io.flush()
             self._flush_ns = None
-        if self._attended:
-            self._attend(now_ns)
+        if self._attention:
+            self._attention.look(now_ns)
         if self._alarm_ns is not None and now_ns >= self._alarm_ns:
             self._alarm_ns = None  # it has come; the engine sets the next one
         self._armed_ns = None
@@ -314,18 +298,13 @@ class Node:
         try:
             if self._inbox:
                 return
-            if self._attended:
-                self._attend(self.clock())
-            if self._attended:
-                soon_ns = self.clock() + ATTEND_NS
-                deadline_ns = soon_ns if deadline_ns is None else min(deadline_ns, soon_ns)
-            timeout = None if deadline_ns is None else self.clock.left_s(deadline_ns)
-            if timeout is None or timeout > 0:
-                select.select([self._to_cpu], [], [], timeout)
+            if self._attention:
+                self._attention.look(self.clock())
+                deadline_ns = self._attention.sooner(deadline_ns, self.clock())
+            self._bus.wait_for_news(None if deadline_ns is None else self.clock.left_s(deadline_ns))
         finally:
             self._idle = False
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._to_cpu)
+        self._bus.forget_news()
 
     def set_alarm(self, deadline_ns: int | None) -> None:
         self._alarm_ns = deadline_ns
@@ -338,7 +317,7 @@ class Node:
                 return
             self._seen.add((kind, text))
             self._reports[kind] += 1
-        self._send(Event(kind, text, data))
+        self._bus.send(Event(kind, text, data))
 
     def _open_bus(self, space: str, address: int, width: int, is_write: bool, value: int) -> None:
         key = (space, address, width, is_write)
@@ -348,12 +327,6 @@ class Node:
         what = f"write of {value:#x} to" if is_write else "read of"
         self.engine.report("open-bus", f"{what} {space} {address:#06x}, which nobody owns,", at_next=True)
 
-    def _attend(self, now_ns: int) -> None:
-        """See whether devices whose processes are new have asked for what they have not committed."""
-        for node, until_ns in list(self._attended.items()):
-            if self._io.attend(node) or now_ns >= until_ns:
-                del self._attended[node]
-
     def _late(self, node: str, frame: Frame, waited_ns: int) -> None:
         """A device has not answered: it is waited for, unless the machine is to end."""
         if any(isinstance(received.frame, Shutdown) for received in self._inbox):
@@ -361,7 +334,10 @@ class Node:
         if waited_ns >= LATE_NS and node not in self._late_nodes:
             self._late_nodes.add(node)
             what = f"{type(frame).__name__} to {node} has not been answered for {waited_ns / 1e9:.0f} s"
-            self._send(Event("waiting", what))
+            self._bus.send(Event("waiting", what))
+
+    def _waits(self) -> bool:
+        return self._idle or self._in_reset or self._paused
 
     def _flush_soon(self) -> None:
         if self._io.pending:
@@ -373,9 +349,8 @@ class Node:
         first = self._alarm_ns
         if self._flush_ns is not None and (first is None or self._flush_ns < first):
             first = self._flush_ns
-        if self._attended:
-            soon_ns = self.clock() + ATTEND_NS
-            first = soon_ns if first is None else min(first, soon_ns)
+        if self._attention:
+            first = self._attention.sooner(first, self.clock())
         if first is None or (self._armed_ns is not None and self._armed_ns <= first):
             return
         self._armed_ns = first
@@ -394,16 +369,16 @@ class Node:
                 self._pauses.append(received)
                 self._paused = engine.stopping = True
             case Continue(clock_ns=clock_ns, host_ns=host_ns):
-                self._answer(received, self._go_on(clock_ns - host_ns))
+                self._bus.answer(received, self._go_on(clock_ns - host_ns))
             case Save():
-                self._answer(received, self._standing.saved(self.intr, self._in_reset))
+                self._bus.answer(received, self._standing.saved(self.intr, self._in_reset))
             case Stats():
-                self._answer(received, StatsReply(self._counters()))
+                self._bus.answer(received, StatsReply(self._counters()))
             case Timing(on=on):
                 self._timing_wanted = on
-                self._answer(received, TimingReply())
+                self._bus.answer(received, TimingReply())
             case Attend(node=node):
-                self._attended[node] = self.clock() + ATTENDED_FOR_NS
+                self._attention.pay(node, self.clock())
                 self._arm()
             case Shutdown():
                 self._ending = engine.stopping = True
@@ -413,9 +388,9 @@ class Node:
                 if start:
                     self.intr = False
                     engine.start(start)
-                self._answer(received, ResetReply())
+                self._bus.answer(received, ResetReply())
             case _ if received.asked:
-                self._answer(received, Refused(f"a CPU takes no {type(frame).__name__}"))
+                self._bus.answer(received, Refused(f"a CPU takes no {type(frame).__name__}"))
 
     def _wait_in_reset(self) -> None:
         """Nothing runs until the launcher gives a state to start from."""
@@ -425,9 +400,8 @@ class Node:
 
     def _wait_for_frames(self) -> None:
         if not self._inbox:
-            select.select([self._to_cpu], [], [])
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._to_cpu)
+            self._bus.wait_for_news(None)
+        self._bus.forget_news()
         while self._inbox:
             self._take(self._inbox.popleft())
 
@@ -440,7 +414,8 @@ class Node:
         self._standing.stop()
         while True:
             while self._pauses:
-                self._answer(self._pauses.pop(), PauseReply(self._standing.clock_ns, self._io.positions()))
+                reply = PauseReply(self._standing.clock_ns, self._io.positions())
+                self._bus.answer(self._pauses.pop(), reply)
             if not self._paused:
                 return
             self._wait_for_frames()
@@ -457,7 +432,7 @@ class Node:
     def _counters(self) -> dict[str, Any]:
         """Both endpoints together; latency is the round trip of the CPU's accesses."""
         engine, io = self.engine, self._io.stats()
-        own = self._endpoint_stats
+        own = self._bus.stats
         for name in ("frames_in", "frames_out", "bad_frames", "lost", "duplicated", "unroutable"):
             io[name] += own.get(name, 0)
         io.update(counters_of(engine))
@@ -473,54 +448,6 @@ class Node:
         if self._timing is not None:
             self._timing.stop()
         self._timing = timing.Timing(self.engine, timing.Clock(self._timing_clock)) if wanted else None
-
-    def _send(self, frame: Frame) -> None:
-        self._outbox.append((None, frame))
-        os.eventfd_write(self._to_bus, 1)
-
-    def _answer(self, received: Received, frame: Frame) -> None:
-        self._outbox.append((received, frame))
-        os.eventfd_write(self._to_bus, 1)
-
-    # ---- the bus thread
-
-    def _serve(self) -> None:
-        try:
-            with Endpoint(self.config.run_dir, self.config.node) as endpoint:
-                endpoint.bind()
-                endpoint.connect(self.config.launcher)
-                self._bus_ready.set()
-                while not self._closing:
-                    self._turn(endpoint)
-        except Exception:
-            log.critical("bus thread: %s", traceback.format_exc())
-            os._exit(1)
-
-    def _turn(self, endpoint: Endpoint) -> None:
-        endpoint.wait(None, [self._to_bus])
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._to_bus)
-        news = False
-        for received in endpoint.receive():
-            if isinstance(received.frame, Ping):
-                endpoint.reply(received, Pong())
-                continue
-            if isinstance(received.frame, Stats):
-                self._endpoint_stats = endpoint.stats()
-            self._inbox.append(received)
-            news = True
-        if news:
-            if self._idle or self._in_reset or self._paused:
-                os.eventfd_write(self._to_cpu, 1)
-            signal.pthread_kill(self._cpu_thread, signal.SIGALRM)
-        while self._outbox:
-            to, frame = self._outbox.popleft()
-            if isinstance(frame, PauseReply):  # what has come here is taken before any later Save
-                frame = PauseReply(frame.clock_ns, {**frame.frames, **endpoint.positions()})
-            if to is None:
-                endpoint.send(self.config.launcher, frame)
-            else:
-                endpoint.reply(to, frame)
 
 
 def run(config: dict[str, Any]) -> None:

@@ -30,11 +30,14 @@ def develop(run_dir: Path, device: str, watched: str, go_on: Callable[[], bool] 
     path = Path(with_type.rpartition(":")[0])
     print(f"{run_dir.name}: {device} follows {path}; Ctrl-C leaves it as it is then", flush=True)
     seen: tuple[int, int] | None = None
+    last = _stamp(path)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while go_on():
             now = _stamp(path)
-            if now is not None and now != seen:
+            still = now == last  # an editor may empty a file before it writes it
+            last = now
+            if now is not None and still and now != seen:
                 seen = now
                 try:
                     print(_swap(run_dir, device, with_type, {}), flush=True)

@@ -134,8 +134,9 @@ class Host:
         try:
             self._slot = self._make_slot(cls, settings, record)
         except StateMismatch as error:
-            self.to_launcher(Event("refused", f"{config.node}: {error}"))
-            self._endpoint.close()
+            if record is None:  # a restored machine ends; one that runs goes on, and this is tried again
+                self.to_launcher(Event("refused", f"{config.node}: {error}"))
+                self._endpoint.close()
             raise
         if self._journal is not None and record is not None:
             self._slot.finish(self._journal.dma_done())

@@ -84,11 +84,15 @@ class Machine:
         self.at_cpu_before: list[Received] = []
 
     def start(self, node: str, type_name: str = GADGET, **more: Any) -> None:
-        config = {"node": node, "run_dir": str(self.run_dir), "machine": "m", "type": type_name, **more}
-        self.processes[node] = start("devices.host", config)
+        self.begin(node, type_name, **more)
         self.event(node, "ready")
         self.cpu.connect(node)
         self.cpu.meet(node, LONG_NS)
+
+    def begin(self, node: str, type_name: str = GADGET, **more: Any) -> None:
+        """Start a process that may not come to be ready."""
+        config = {"node": node, "run_dir": str(self.run_dir), "machine": "m", "type": type_name, **more}
+        self.processes[node] = start("devices.host", config)
 
     def ask(self, node: str, frame: Frame) -> Frame:
         return self.cpu.request(node, frame, LONG_NS)

@@ -11,8 +11,21 @@ from typing import Any
 
 import pytest
 
-from bus.frames import Line, Read, ReadReply, Refused, Stats, StatsReply, Write, WriteReply
+from bus.frames import (
+    Event,
+    Line,
+    Read,
+    ReadReply,
+    Refused,
+    Save,
+    SaveReply,
+    Stats,
+    StatsReply,
+    Write,
+    WriteReply,
+)
 from devices.journal import Journal
+from tests.devices import parts
 from tests.devices.test_host import Machine
 
 BREAKS, LINE, SCRATCH = 6, 0, 8  # registers of the gadget
@@ -116,6 +129,30 @@ def test_how_many_processes_may_end_in_a_frame_is_configurable(machine: Machine,
     go_on(machine, journal, set_aside_after=1)
     (answer,) = machine.at_cpu(1)
     assert answer.frame == ReadReply(0xFFFF)
+
+
+def test_only_a_restored_state_that_does_not_fit_ends_the_machine(
+    machine: Machine, journal: int, tmp_path: Path
+) -> None:
+    """Another process is tried later, and its file may have been mended by then."""
+    newer = tmp_path / "newer.py"
+    source = Path(parts.__file__).read_text().replace("import Literal", "import ClassVar, Literal")
+    state = "class GadgetState(DeviceState):\n"
+    newer.write_text(source.replace(state, f"{state}    VERSION: ClassVar[int] = 9\n"))
+    go_on(machine, journal)
+    machine.ask("g", Write("regs", SCRATCH, 1, 7))
+    saved = machine.ask("g", Save())
+    assert isinstance(saved, SaveReply)
+    kill(machine)
+    machine.processes["g"].wait()
+    machine.begin("g", f"{newer}:Gadget", fds={"journal": journal}, log_level="critical")
+    assert machine.exit_status("g") == 1
+    machine.begin("h", f"{newer}:Gadget", state=saved.state, log_level="critical")
+    assert "version 9" in machine.event("h", "refused").text
+    assert machine.exit_status("h") == 1
+    assert not [r.frame for r in machine.seen if isinstance(r.frame, Event) and r.frame.kind == "refused"]
+    go_on(machine, journal)
+    assert machine.ask("g", Read("regs", SCRATCH, 1)) == ReadReply(7)
 
 
 def test_a_refusal_is_no_reason_to_end(machine: Machine, journal: int) -> None:

@@ -210,6 +210,8 @@ class Target:
                 answer = self._link.receive(1)
                 if answer is not None and self._take(answer, span) is not None:
                     break
+                for waiting in self._stream.take_waiting() if self._live else ():  # the Ping, perhaps
+                    self._link.send(waiting)
         self._link.close()
 
     def attend(self) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 
 from bus.addressmap import AddressMap
-from bus.asking import BATCH_AGE_NS, BATCH_WRITES
+from bus.asking import BATCH_AGE_NS, BATCH_WRITES, Asking, Target
+from bus.counters import Counters
 from bus.fake import LocalLink
 from bus.frames import (
     Eoi,
@@ -16,6 +19,8 @@ from bus.frames import (
     IntAck,
     IntAckReply,
     Intr,
+    Ping,
+    Pong,
     PostedBatch,
     Read,
     ReadReply,
@@ -30,6 +35,8 @@ from bus.frames import (
 from bus.io import STRING_BYTES, AccessRefused, DeviceGone, IoClient
 from bus.mirror import PAGE_SIZE, Counter, MirrorWriter, page_of, slots
 from bus.ranges import IoRange, MmioRange, PortRange
+from bus.stream import WINDOW as UNDER_WAY
+from bus.stream import Stream
 
 REGS = PortRange(
     "regs",
@@ -441,3 +448,41 @@ def test_classes_of_io_cannot_be_told_apart_by_what_is_read(seed: int) -> None:
             expected = sum(plain.get(port + i, 0) << 8 * i for i in range(width))
             assert rig.io.port_read(port, width) == expected
         rig.now += rng.randrange(BATCH_AGE_NS)
+
+
+class SlowDevice:
+    """A Link whose device begins to take frames when `begun` is set, one at each look for an answer."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.taken: list[Frame] = []
+        self._stream = Stream(Counters(), lambda: 0)
+        self._sent: deque[bytes] = deque()
+        self._answers: deque[bytes | None] = deque([self._stream.resume()])
+
+    def send(self, data: bytes) -> None:
+        self._sent.append(data)
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        if self.begun and self._sent:
+            decoded = self._stream.decode(self._sent.popleft())
+            assert isinstance(decoded, tuple)
+            self.taken.append(decoded[1])
+            if isinstance(decoded[1], Ping):
+                self._answers.append(self._stream.encode(Pong(), decoded[0].trace, decoded[0].span))
+            self._answers.append(self._stream.acknowledgement())
+        return self._answers.popleft() if self._answers else None
+
+    def close(self) -> None:
+        self.begun = False
+
+
+def test_who_leaves_stays_until_a_device_behind_a_full_window_has_taken_everything() -> None:
+    link, looks = SlowDevice(), count()
+    target = Target("dev", link, Asking("cpu0.io", lambda: next(looks), 10**9, None))
+    for n in range(UNDER_WAY):
+        target.tell(Eoi(n & 0xFF))
+    link.begun = True
+    target.close(until_ns=100 * UNDER_WAY)
+    assert [type(frame) for frame in link.taken] == [Eoi] * UNDER_WAY + [Ping]
+    assert next(looks) < 50 * UNDER_WAY

@@ -36,6 +36,23 @@ class DiskRequest(NamedTuple):
     segments: Segments = ()
 
 
+class AsksDisks:
+    """The part of devices.base.Wiring that asks for disk I/O."""
+
+    def ask_disk(self, request: DiskRequest) -> None:
+        """Have it done behind this step. KeyError: no such disk; BadDma: segments not in RAM."""
+        raise NotImplementedError
+
+    def disk_read(self, disk: str, tag: int, offset: int, segments: Segments) -> None:
+        self.ask_disk(DiskRequest(disk, tag, "read", offset, tuple(segments)))
+
+    def disk_write(self, disk: str, tag: int, offset: int, segments: Segments) -> None:
+        self.ask_disk(DiskRequest(disk, tag, "write", offset, tuple(segments)))
+
+    def disk_flush(self, disk: str, tag: int) -> None:
+        self.ask_disk(DiskRequest(disk, tag, "flush"))
+
+
 class DiskFile:
     """One open disk."""
 

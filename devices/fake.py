@@ -22,10 +22,11 @@ from bus.frames import ApicMessage, Event, Frame, Intr, Line
 from bus.io import IoClient
 from bus.mirror import PAGE_SIZE, MirrorWriter, page_of, slots
 from devices.base import Device
-from devices.disks import DiskRequest, Disks
+from devices.disks import AsksDisks, DiskRequest, Disks
 from devices.dma import GuestRam
+from devices.outside import Immediately
 from devices.registry import make_settings
-from devices.slot import Immediately, Slot
+from devices.slot import Slot
 
 RAM_SIZE = 1 << 20
 
@@ -58,7 +59,7 @@ class FakeDisks(Disks):
         return ""
 
 
-class FakeWiring:
+class FakeWiring(AsksDisks):
     """Implements devices.base.Wiring for one device without a host.
 
     `settle` ends a step that uses DMA or disks.
@@ -120,19 +121,10 @@ class FakeWiring:
         self.memory.check(pa, len(data))
         self.dma.append((pa, bytes(data)))
 
-    def disk_read(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
-        self._ask_disk(DiskRequest(disk, tag, "read", offset, tuple(segments)))
-
-    def disk_write(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
-        self._ask_disk(DiskRequest(disk, tag, "write", offset, tuple(segments)))
-
-    def disk_flush(self, disk: str, tag: int) -> None:
-        self._ask_disk(DiskRequest(disk, tag, "flush"))
-
     def disk_size(self, disk: str) -> int:
         return self.disks.size(disk)
 
-    def _ask_disk(self, request: DiskRequest) -> None:
+    def ask_disk(self, request: DiskRequest) -> None:
         for pa, size in request.segments:
             self.memory.check(pa, size)
         self.disk_work.append(request)

@@ -198,7 +198,7 @@ class Host:
             self._endpoint.close(LINGER_MS if self._stopping or self._journal is None else 0)
             self._disks.close()
 
-    # --- devices.slot.Outside -----------------------------------------------------------------------
+    # --- devices.outside.Outside --------------------------------------------------------------------
 
     def to_controllers(self, frame: Line) -> None:
         for peer in self._config.controllers:

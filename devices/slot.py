@@ -3,7 +3,7 @@
 No socket, clock or file here: devices/host.py runs a Slot in a process, devices/fake.py in a test.
 What is done to a device comes in steps: a frame, a timer, input, the completion of disk I/O. Effects of a
 step (lines, INT, APIC messages, events, bytes, the answer) are collected while the device works. Then the
-step is committed (Outside.commit): a process that ends from here on is succeeded by one that does what is
+step is committed (devices/outside.py): a process that ends from here on is succeeded by one that does what is
 left. Then the mirror page is published and guest memory is written, then the effects are handed on in
 order: who sees one sees the registers and the memory that belong to it. Then comes disk I/O (`run_disks`),
 before any other step.
@@ -12,9 +12,8 @@ before any other step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from bus.frames import (
     ApicMessage,
@@ -48,108 +47,19 @@ from bus.frames import (
 from bus.mirror import MirrorWriter
 from bus.ranges import IoRange
 from devices.base import Device, StateMismatch
-from devices.disks import DiskRequest, Disks
+from devices.disks import AsksDisks, DiskRequest, Disks
 from devices.dma import GuestRam
+from devices.outside import InputLines, LevelEffect, OutputEffect, Outside
 
 STRING_MAX = 1 << 20  # bytes of one string access
 TIMERS_PER_TURN = 16  # a timer that is always due must not shut out the bus
-
-
-class Outside(Protocol):
-    """Where a device's effects go."""
-
-    def to_controllers(self, frame: Line) -> None: ...
-
-    def to_boot_cpu(self, frame: Intr) -> None: ...
-
-    def to_cpus(self, frame: ApicMessage) -> None: ...
-
-    def to_launcher(self, frame: Event) -> None: ...
-
-    def output(self, channel: str, data: bytes) -> None: ...
-
-    def begin(self, source: str, number: int) -> bool:
-        """A step about this input begins; False if it is to be set aside, too many processes ended in it."""
-
-    def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
-        """A step ends. Each effect calls one of the functions above; none may be seen yet."""
-
-    def dma_written(self, count: int) -> None:
-        """So many of the DMA writes of the step are done."""
-
-    def perform(self) -> None:
-        """Let the effects of the step be seen."""
-
-
-class Immediately:
-    """The end of a step for an Outside that need not survive: a test's."""
-
-    _effects: Sequence[Callable[[], None]] = ()
-
-    def begin(self, source: str, number: int) -> bool:
-        return True
-
-    def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
-        self._effects = effects
-
-    def dma_written(self, count: int) -> None:
-        pass
-
-    def perform(self) -> None:
-        effects, self._effects = self._effects, ()
-        for effect in effects:
-            effect()
 
 
 class BadAccess(ValueError):
     """A frame asks for a register or a function that the device does not have."""
 
 
-@dataclass(slots=True)
-class _Lines:
-    """Input lines of a controller: who drives each high; the level is the OR of them."""
-
-    drivers: dict[int, set[str]]
-
-    def change(self, frame: Line) -> bool | None:
-        """The line's new level, None if it stays as it was."""
-        drivers = self.drivers.setdefault(frame.irq, set())
-        before = bool(drivers)
-        (drivers.add if frame.level else drivers.discard)(frame.source)
-        return bool(drivers) if bool(drivers) != before else None
-
-    def to_plain(self) -> list[list[Any]]:
-        return [[irq, sorted(sources)] for irq, sources in sorted(self.drivers.items()) if sources]
-
-    @classmethod
-    def from_plain(cls, plain: Any) -> _Lines:
-        return cls({irq: set(sources) for irq, sources in plain})
-
-
-@dataclass(slots=True)
-class _Output:
-    """An effect: bytes for the host side."""
-
-    outside: Outside
-    channel: str
-    data: bytearray
-
-    def __call__(self) -> None:
-        self.outside.output(self.channel, bytes(self.data))
-
-
-@dataclass(slots=True)
-class _Level:
-    """An effect: a new level of one of the device's own lines."""
-
-    outside: Outside
-    frame: Line
-
-    def __call__(self) -> None:
-        self.outside.to_controllers(self.frame)
-
-
-class Slot:
+class Slot(AsksDisks):
     """Implements devices.base.Wiring for `device`."""
 
     def __init__(
@@ -182,7 +92,7 @@ class Slot:
         self._done = 0  # posted operations
         self._levels: dict[str, bool] = dict.fromkeys(cls.IRQS, False)
         self._intr: bool | None = None  # None: the device has never driven an INT pin
-        self._inputs = _Lines({})
+        self._inputs = InputLines({})
         self._deadlines: dict[str, int] = {}
         self._effects: list[Callable[[], None]] = []
         self._ram = ram
@@ -211,7 +121,7 @@ class Slot:
             irq = self._irqs.get(line)
             source = f"{self.node}.{line}"
             if irq is not None and (level or not self._take_back(source)):
-                self._effects.append(_Level(self._outside, Line(irq, level, source)))
+                self._effects.append(LevelEffect(self._outside, Line(irq, level, source)))
 
     def _take_back(self, source: str) -> bool:
         """Forget that a line rose in this operation, which lowers it again: nobody has seen it high.
@@ -219,17 +129,17 @@ class Slot:
         A fall that is followed by a rise stays: for a controller that is an edge.
         """
         for at, effect in enumerate(self._effects):
-            if isinstance(effect, _Level) and effect.frame.source == source and effect.frame.level:
+            if isinstance(effect, LevelEffect) and effect.frame.source == source and effect.frame.level:
                 del self._effects[at]
                 return True
         return False
 
     def send(self, channel: str, data: bytes) -> None:
         last = self._effects[-1] if self._effects else None
-        if isinstance(last, _Output) and last.channel == channel:
+        if isinstance(last, OutputEffect) and last.channel == channel:
             last.data += data  # the bytes of one batch leave in one piece
         else:
-            self._effects.append(_Output(self._outside, channel, bytearray(data)))
+            self._effects.append(OutputEffect(self._outside, channel, bytearray(data)))
 
     def set_timer(self, name: str, deadline_ns: int | None) -> None:
         if deadline_ns is None:
@@ -258,15 +168,6 @@ class Slot:
     def dma_write(self, pa: int, data: bytes) -> None:
         self._memory().check(pa, len(data))
         self._dma.append((pa, bytes(data)))
-
-    def disk_read(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
-        self._ask_disk(DiskRequest(disk, tag, "read", offset, tuple(segments)))
-
-    def disk_write(self, disk: str, tag: int, offset: int, segments: Sequence[tuple[int, int]]) -> None:
-        self._ask_disk(DiskRequest(disk, tag, "write", offset, tuple(segments)))
-
-    def disk_flush(self, disk: str, tag: int) -> None:
-        self._ask_disk(DiskRequest(disk, tag, "flush"))
 
     def disk_size(self, disk: str) -> int:
         return self._all_disks().size(disk)
@@ -425,7 +326,7 @@ class Slot:
         if set(state) != {"device", "inputs"}:
             raise StateMismatch(f"not a saved device: {sorted(state)}")
         try:
-            inputs = _Lines.from_plain(state["inputs"])
+            inputs = InputLines.from_plain(state["inputs"])
         except (TypeError, ValueError) as error:
             raise StateMismatch(f"input lines {state['inputs']!r}: {error}") from error
         before = self._inputs, self._levels, self._intr
@@ -441,7 +342,7 @@ class Slot:
     def _keep_on(self, record: dict[str, Any], plain: list[Any]) -> None:
         levels, intr, inputs, deadlines, done, dma, work = plain
         self._levels, self._intr, self._done = levels, intr, done
-        self._inputs = _Lines.from_plain(inputs)
+        self._inputs = InputLines.from_plain(inputs)
         self._deadlines = deadlines
         self._effects.clear()
         self.device.load(record)  # says nothing of a line that is as it was
@@ -470,7 +371,7 @@ class Slot:
             self._memory().write(pa, data)
             self._outside.dma_written(count)
 
-    def _ask_disk(self, request: DiskRequest) -> None:
+    def ask_disk(self, request: DiskRequest) -> None:
         self._all_disks().size(request.disk)  # KeyError: there is no such disk
         for pa, size in request.segments:
             self._memory().check(pa, size)

@@ -15,7 +15,8 @@ from bus.grants import attach
 from devices.base import BadDma
 from devices.disks import IOV_MAX, BadDisk, DiskFile, Disks
 from devices.dma import GuestRam
-from devices.slot import Immediately, Slot
+from devices.outside import Immediately
+from devices.slot import Slot
 from tests.devices import parts
 from tests.devices.parts import Copier, CopierSettings
 from tests.devices.test_host import Machine, start

@@ -39,7 +39,8 @@ from bus.frames import (
 from bus.mirror import PAGE_SIZE, SLOT_BYTE, MirrorReader, MirrorWriter, slots
 from devices.base import Device
 from devices.fake import Board, Part
-from devices.slot import STRING_MAX, TIMERS_PER_TURN, Immediately, Slot
+from devices.outside import Immediately
+from devices.slot import STRING_MAX, TIMERS_PER_TURN, Slot
 from tests.devices.parts import Gadget, GadgetSettings, Hub
 
 

@@ -228,7 +228,7 @@ def test_reset_in_the_middle() -> None:
     blk = Blk()
     device, wiring = blk.slot.device, blk.slot
     asked: list[Any] = []
-    wiring._ask_disk = asked.append  # type: ignore[method-assign]
+    wiring.ask_disk = asked.append  # type: ignore[method-assign]
     for n in range(2):
         blk.offer(0, blk.request(IN, n, (DATA, 512, True), first=3 * n, n=n))
     blk.start(VERSION_1 | F_FLUSH)
@@ -291,7 +291,7 @@ def broken_indirect_not_negotiated(blk: Blk) -> None:
 
 
 def broken_twice(blk: Blk) -> None:
-    blk.slot._ask_disk = lambda request: None  # type: ignore[method-assign]
+    blk.slot.ask_disk = lambda request: None  # type: ignore[method-assign]
     head = blk.request(IN, 0, (DATA, 512, True))
     blk.offer(0, head, head, notify=False)
 
@@ -308,7 +308,7 @@ BREAKERS = [value for name, value in dict(globals()).items() if name.startswith(
 @pytest.mark.parametrize("breaker", BREAKERS, ids=lambda breaker: breaker.__name__)
 def test_rule_breakers_get_needs_reset_and_a_second_chance(breaker: Callable[[Blk], None]) -> None:
     blk = Blk()
-    ask = blk.slot._ask_disk
+    ask = blk.slot.ask_disk
     breaker(blk)
     blk.w(0x50, 0)
     blk.flush()
@@ -320,7 +320,7 @@ def test_rule_breakers_get_needs_reset_and_a_second_chance(breaker: Callable[[Bl
     blk.w(0x50, 0)  # nothing more comes of it
     blk.flush()
     assert (blk.events(), blk.disk.done) == ([], [])
-    blk.slot._ask_disk = ask  # type: ignore[method-assign]
+    blk.slot.ask_disk = ask  # type: ignore[method-assign]
     blk.start(VERSION_1 | F_FLUSH)
     assert blk.do(IN, 1, (DATA, 512, True)) == (S_OK, 513)
     assert blk.ram[DATA : DATA + 512] == CONTENT[512:1024]

@@ -214,8 +214,6 @@ def test_reset_holds_and_restarts(machine: Machine) -> None:
     machine.until(lambda: machine.dword(0x200010) == 9, "the second start")
 
 
-
-
 def test_triple_fault_is_reported_and_waits_for_a_reset(machine: Machine) -> None:
     machine.ram[0x3000:0x3006] = bytes(6)  # an IDT with nothing in it
     machine.start("mov eax, 0x77\nud2")

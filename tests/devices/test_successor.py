@@ -146,6 +146,9 @@ def test_only_a_restored_state_that_does_not_fit_ends_the_machine(
     kill(machine)
     machine.processes["g"].wait()
     machine.begin("g", f"{newer}:Gadget", fds={"journal": journal}, log_level="critical")
+    while machine.processes["g"].poll() is None:
+        machine.launcher.wait(10_000_000)
+        machine.seen += machine.launcher.receive()
     assert machine.exit_status("g") == 1
     machine.begin("h", f"{newer}:Gadget", state=saved.state, log_level="critical")
     assert "version 9" in machine.event("h", "refused").text

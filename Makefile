@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling soak model profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling bench-pauses soak model profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench       speed, measured against QEMU and the bare host (needs qemu-system-i386, gcc -m32)"
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make bench-scaling  boot time and memory for guests of 64 MiB, 512 MiB and 2 GiB"
+	@echo "make bench-pauses  pauses that a guest sees when devices are swapped and killed"
 	@echo "make soak        a fork storm for MINUTES=60: mappings and memory must stay flat"
 	@echo "make model       every run of the protocol of live swap, up to a bound: states and transitions"
 	@echo "make profile     where guest time goes, in a boot of Linux"
@@ -100,6 +101,9 @@ bench-boot: guest
 
 bench-scaling: guest
 	@$(PY) -m bench.scaling $(BENCH_ARGS)
+
+bench-pauses: setup
+	@$(PY) -m bench.pauses $(BENCH_ARGS)
 
 soak: guest
 	@$(PY) -m bench.soak --minutes $(or $(MINUTES),60) $(BENCH_ARGS)

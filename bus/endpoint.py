@@ -8,6 +8,7 @@ and a send may swallow the news, so `_suspects` keeps the sockets whose events m
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ import zmq
 from bus.codec import BadFrame
 from bus.counters import Counters
 from bus.frames import Frame, Header, Refused
-from bus.link import dial, make_socket, socket_path
+from bus.link import make_dealer, make_router, socket_path
 from bus.stream import Need, Plain, Positions, Stream, id_source
 
 FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
@@ -61,6 +62,8 @@ class Endpoint:
         self.ids = id_source(node, now_ns())
         self._context: zmq.Context[Any] = zmq.Context()
         self._router: zmq.Socket[bytes] | None = None
+        self._spare: dict[str | None, zmq.Socket[bytes]] = {}  # see prepare(); None: the ROUTER
+        self._owns_path = False  # the socket file is ours to remove
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._asked: dict[bytes, Stream] = {}  # by the identity of who sends to our ROUTER
         self._asking: dict[str, Stream] = {}  # by peer that we connected to
@@ -71,22 +74,33 @@ class Endpoint:
         self.connections: dict[str, int] = {}  # who has connected to us -> when, the last time
         self._held: list[tuple[str | bytes, bytes]] | None = None  # to a peer, or to who connected to us
 
-    def bind(self) -> None:
-        """Make this node reachable. A socket file left by a killed process of the same name is replaced."""
+    def prepare(self, peers: Iterable[str]) -> None:
+        """Make what bind() and connect() to these peers will take: nobody notices it."""
+        self._spare = {peer: make_dealer(self._context, self.node) for peer in peers}
+        self._spare[None] = make_router(self._context)
+
+    def bind(self, listening: int | None = None) -> None:
+        """Make this node reachable. A socket file left by a killed process of the same name is replaced.
+
+        `listening`: take connections there (link.listen), a descriptor that stays the caller's.
+        """
         path = socket_path(self.run_dir, self.node)
-        router = make_socket(self._context, zmq.ROUTER)
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply to nobody is an error, not a silence
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted peer takes its name over
-        router.bind(f"ipc://{path}")
-        path.chmod(0o600)
+        router = self._spare.pop(None, None) or make_router(self._context)
         self._router = router
+        if listening is not None:
+            router.setsockopt(zmq.USE_FD, os.dup(listening))
+        router.bind(f"ipc://{path}")
+        if listening is None:
+            self._owns_path = True
+            path.chmod(0o600)
         self._watch(None, router)
 
     def connect(self, peer: str) -> None:
         """Open the way to a peer, which need not exist yet; sending to it before it does is fine."""
         if peer in self._dealers:
             return
-        dealer = dial(self._context, self.run_dir, self.node, peer)
+        dealer = self._spare.pop(peer, None) or make_dealer(self._context, self.node)
+        dealer.connect(f"ipc://{socket_path(self.run_dir, peer)}")
         self._dealers[peer] = dealer
         self._asking[peer] = Stream(self.counters, self.now_ns)
         self._watch(peer, dealer)
@@ -222,13 +236,17 @@ class Endpoint:
         """Let what was sent leave, for up to `linger_ms` per socket, and remove the socket file."""
         if linger_ms:
             self._wait_until_sent(self.now_ns() + 1_000_000 * linger_ms)
-        for dealer in self._dealers.values():
-            dealer.close(linger=linger_ms)
-        if self._router is not None:
-            self._router.close(linger=linger_ms)
+        self.leave(linger_ms)
+        if self._owns_path:
             with contextlib.suppress(FileNotFoundError):
                 socket_path(self.run_dir, self.node).unlink()
         self._context.term()
+
+    def leave(self, linger_ms: int = 0) -> None:
+        """Take and send nothing more; does not wait. close() is to follow."""
+        router = [self._router] if self._router is not None else []  # first: who asks connects anew
+        for socket in (*router, *self._dealers.values(), *self._spare.values()):
+            socket.close(linger=linger_ms)
 
     def _wait_until_sent(self, until_ns: int) -> None:
         """Frames for a peer whose connection is not made yet wait for it, and those beyond a window for

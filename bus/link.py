@@ -7,6 +7,7 @@ whose identity is the asker's name. Left out: tcp:// with CURVE keys (devices on
 from __future__ import annotations
 
 import contextlib
+import socket as sockets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ CONSOLE_SOCKET = "console-{node}.sock"
 HIGH_WATER = 1000  # frames waiting on one way; a Stream has never as many under way
 RECONNECT_MS = 1  # a node's socket that isn't there is tried again after this, backing off to
 RECONNECT_MAX_MS = 16
+BACKLOG = 64  # connections that wait for the node's process
 PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes with the final 0
 
 
@@ -36,6 +38,20 @@ def socket_path(run_dir: str | Path, node: str) -> Path:
     return path
 
 
+def listen(run_dir: str | Path, node: str) -> int:
+    """A listening socket at a node's path: its descriptor, for `Endpoint.bind` of each process of the node.
+
+    Who connects while there is no process waits in the kernel, and need not try again.
+    """
+    path = socket_path(run_dir, node)
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_NONBLOCK) as listener:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+        return listener.detach()
+
+
 def make_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
     """A socket with the options that all of ours share."""
     socket: zmq.Socket[bytes] = context.socket(kind)
@@ -47,8 +63,8 @@ def make_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
     return socket
 
 
-def dial(context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: str) -> zmq.Socket[bytes]:
-    """A DEALER connected to `peer`, which need not be there yet.
+def make_dealer(context: zmq.Context[Any], identity: str) -> zmq.Socket[bytes]:
+    """A DEALER, connected to nobody.
 
     It takes no frame while it is not connected; at each connection the peer gets an empty message first.
     """
@@ -56,6 +72,20 @@ def dial(context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: st
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.PROBE_ROUTER, 1)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
+    return socket
+
+
+def make_router(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+    """A ROUTER, not bound."""
+    router = make_socket(context, zmq.ROUTER)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply to nobody is an error, not a silence
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted peer takes its name over
+    return router
+
+
+def dial(context: zmq.Context[Any], run_dir: str | Path, identity: str, peer: str) -> zmq.Socket[bytes]:
+    """A DEALER connected to `peer`, which need not be there yet."""
+    socket = make_dealer(context, identity)
     socket.connect(f"ipc://{socket_path(run_dir, peer)}")
     return socket
 

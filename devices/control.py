@@ -1,8 +1,14 @@
-"""The launcher's way to one process of a device, apart from the bus: launcher/swapping.py has the records."""
+"""The launcher's way to one process of a device, apart from the bus: launcher/swapping.py has the records.
+
+The baton is a pipe: its end is with the process that is to take over, its beginning comes with "retire". So
+one process can tell the other that it has let go, and the launcher need not run in between.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import time
 from typing import Any
@@ -16,10 +22,14 @@ ERROR_MAX = 2000
 class Control:
     """The device's end. `wants_to_know`: the launcher waits for the CPU's connection."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, baton: int | None = None) -> None:
+        """`baton`: its end, of a process that stands by."""
         self._sock = socket.socket(fileno=fd)
+        self._baton = baton
         self.wants_to_know = False
         self._number = 0  # of the last "retire"
+        self._stopped_ns = self._began_ns = 0
+        self._to_next: int | None = None  # the beginning of the baton, of a process that retires
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -27,11 +37,23 @@ class Control:
     def stand_by(self) -> None:
         """Say that this process can take over, and wait until it shall; SystemExit where it shall not."""
         self._say(op="standing-by")
-        if self._hear() != "take-over":
-            raise SystemExit(0)
+        fds = [self._sock.fileno(), *([] if self._baton is None else [self._baton])]
+        while True:
+            readable = select.select(fds, [], [])[0]
+            if self._sock.fileno() in readable:
+                if self._hear() != "take-over":
+                    raise SystemExit(0)
+                break
+            assert self._baton is not None
+            if os.read(self._baton, 1):
+                break
+            fds.remove(self._baton)  # whoever had the other end has ended: the launcher knows what to do
+        self._began_ns = time.monotonic_ns()
+        if self._baton is not None:
+            os.close(self._baton)
 
     def live(self) -> None:
-        self._say(op="live")
+        self._say(op="live", began_ns=self._began_ns, ns=time.monotonic_ns())
         self.wants_to_know = True
 
     def connected(self, at_ns: int) -> None:
@@ -43,11 +65,21 @@ class Control:
 
     def told_to_retire(self) -> bool:
         """A record has arrived: is it that?"""
-        return self._hear() == "retire"
+        told = self._hear() == "retire"
+        self._stopped_ns = time.monotonic_ns()
+        return told
 
     def retired(self) -> None:
-        """Say that this process has let go, and wait until it shall go on; SystemExit when it shall end."""
-        self._say(op="retired", number=self._number, ns=time.monotonic_ns())
+        """Say that this process has let go: from here on it may not touch the device."""
+        if self._to_next is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._to_next, b"\1")
+            os.close(self._to_next)
+            self._to_next = None
+        self._say(op="retired", number=self._number, ns=self._stopped_ns, left_ns=time.monotonic_ns())
+
+    def wait_to_resume(self) -> None:
+        """SystemExit when it shall not."""
         if self._hear() != "resume":
             raise SystemExit(0)
 
@@ -56,7 +88,9 @@ class Control:
             self._sock.send(msgpack.packb(record))
 
     def _hear(self) -> str:
-        data = self._sock.recv(RECORD_MAX)
+        data, fds, _, _ = socket.recv_fds(self._sock, RECORD_MAX, 1)
         record: dict[str, Any] = msgpack.unpackb(data) if data else {"op": ""}
         self._number = record.get("number", self._number)
+        if fds:
+            self._to_next = fds[0]
         return str(record["op"])

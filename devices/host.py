@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import os
 import signal
 import socket
 import time
@@ -26,10 +24,8 @@ from typing import Any
 
 import msgspec
 
-from bus import codemap
 from bus.clock import MachineClock
-from bus.codemap import CodeMap
-from bus.endpoint import LINGER_MS, Endpoint, Received
+from bus.endpoint import LINGER_MS, Received
 from bus.frames import (
     ApicMessage,
     Continue,
@@ -45,21 +41,18 @@ from bus.frames import (
     Stats,
     StatsReply,
 )
-from bus.grants import GrantRefused, attach
+from bus.grants import GrantRefused
 from bus.link import BadRunDir, console_path
-from bus.mirror import MirrorWriter, page_of, slots
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd, RingBackEnd
-from devices.base import Device, StateMismatch
+from devices.base import StateMismatch
 from devices.control import Control
 from devices.disks import BadDisk, Disks
-from devices.dma import GuestRam
-from devices.journal import BadJournal, InputKey, Journal, Record
-from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
-from devices.ring import ChannelRings
+from devices.host_config import HostConfig
+from devices.journal import BadJournal, InputKey, Record
+from devices.prepared import Prepared
+from devices.registry import BadDeviceType, BadSettings
 from devices.slot import Slot
-from devices.tryout import try_out
 
-MIRROR_REGION, RAM_REGION = "mirror", "ram"
 DRAIN_S = 2.0  # a sender that never stops must not keep us
 FLUSH_S = 5.0  # how long an attached console may take for the last bytes
 RETIRED = -1  # in place of an exit status: another process takes over
@@ -67,49 +60,23 @@ RETIRED = -1  # in place of an exit status: another process takes over
 log = logging.getLogger(__name__)
 
 
-class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What the launcher says to one device process."""
-
-    node: str
-    run_dir: str
-    machine: str
-    type: str  # for devices/registry.py; file paths absolute
-    settings: dict[str, Any] = {}
-    irqs: dict[str, int] = {}  # line -> ISA IRQ
-    controllers: list[str] = []  # nodes that get this device's Line frames
-    cpus: list[str] = []  # CPU nodes; the first one is the boot processor
-    launcher: str = "launcher"
-    clock_offset_ns: int = 0  # bus/clock.py
-    clock_stopped_ns: int | None = None  # paused from the start
-    state: dict[str, Any] | None = None  # of Save, to begin with
-    overlays: dict[str, str] = {}  # disk -> file that takes the writes, of a restored machine
-    mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
-    log_level: str = "warning"
-    set_aside_after: int = 3  # processes that ended in the same step
-    shape: dict[str, str] = {}  # what the machine was started with, see devices/tryout.py
-    standby: bool = False  # take over from another process, when told to
-    fds: dict[str, int] = {}  # `journal`: without it the device doesn't survive its process; `control`;
-    # `ring:<channel>`, `wake_rim`, `wake_device`: without them consoles and logs are in this process
-
-
 class Host:
     """One device on the bus. Also the Outside of its Slot."""
 
-    def __init__(self, config: HostConfig, control: Control | None = None) -> None:
+    def __init__(self, config: HostConfig, prepared: Prepared, control: Control | None = None) -> None:
         self._config = config
         self._control = control
         self._retiring = False
-        cls = load_class(config.type)
-        settings = make_settings(cls, config.settings)
-        self._disks = Disks.open(cls, settings, config.overlays)
-        self._journal = Journal(config.fds["journal"]) if "journal" in config.fds else None
+        cls = prepared.cls
+        self._disks = Disks.open(cls, prepared.settings, config.overlays)
+        self._journal = prepared.journal
         record = self._journal.latest() if self._journal is not None else None
-        self._endpoint = Endpoint(config.run_dir, config.node)
-        for peer in dict.fromkeys([*config.controllers, *config.cpus, config.launcher]):
+        self._endpoint = prepared.take_endpoint()
+        for peer in config.peers():
             self._endpoint.connect(peer)
         if record is not None:
             self._endpoint.load(record.streams)
-        self._endpoint.bind()
+        self._endpoint.bind(config.fds.get("listen"))
         self._cpu_io = f"{config.cpus[0]}.io" if config.cpus else ""
         self._trace = 0
         self._asking: Received | None = None  # whose frame the step is about
@@ -124,15 +91,15 @@ class Host:
         self._turns = 0
         self._channels = cls.CHANNELS
         self._backends: dict[str, BackEnd] = {
-            channel.sends: self._back_end(getattr(settings, channel.setting), channel.sends)
-            for channel in cls.CHANNELS
+            c.sends: self._back_end(prepared, getattr(prepared.settings, c.setting), c.sends)
+            for c in cls.CHANNELS
         }
         if record is not None:  # put out again what may not have been
             self._outputs = [o for o in record.output if isinstance(self._backends.get(o[0]), RingBackEnd)]
         clock = (config.clock_offset_ns, config.clock_stopped_ns) if record is None else record.clock
         self._clock = MachineClock(*clock)
         try:
-            self._slot = self._make_slot(cls, settings, record)
+            self._slot = self._make_slot(prepared, record)
         except StateMismatch as error:
             if record is None:  # a restored machine ends; one that runs goes on, and this is tried again
                 self.to_launcher(Event("refused", f"{config.node}: {error}"))
@@ -144,20 +111,20 @@ class Host:
         self._wake.setblocking(False)
         self._wake_signal.setblocking(False)
 
-    def _make_slot(self, cls: type[Device[Any]], settings: Any, record: Record | None) -> Slot:
+    def _make_slot(self, prepared: Prepared, record: Record | None) -> Slot:
         config = self._config
         return Slot(
             config.node,
-            cls,
-            settings,
+            prepared.cls,
+            prepared.settings,
             config.irqs,
             self,
             self._clock,
-            self._mirror_writer(slots((*cls.PORTS, *cls.MMIO))),
-            GuestRam(self._region(RAM_REGION), CodeMap(self._region(codemap.REGION))) if cls.DMA else None,
+            prepared.mirror_writer(),
+            prepared.ram,
             self._disks,
             config.state if record is None else None,
-            None if record is None else _kept(record),
+            None if record is None else (record.device(), record.slot),
         )
 
     def stop(self) -> None:
@@ -195,8 +162,15 @@ class Host:
                     self._say_last(frame)
             elif self._news:
                 self._end_step(None)
-            self._endpoint.close(LINGER_MS if self._stopping or self._journal is None else 0)
+            if self._retiring:
+                self._endpoint.leave()
+            else:
+                self._endpoint.close(LINGER_MS if self._stopping or self._journal is None else 0)
             self._disks.close()
+
+    def let_go(self) -> None:
+        """After run() has returned RETIRED, and others were told: what takes its time."""
+        self._endpoint.close(0)
 
     # --- devices.outside.Outside --------------------------------------------------------------------
 
@@ -270,7 +244,7 @@ class Host:
         if self._wake.fileno() in readable:
             self._wake.recv(64)
         if control is not None and control.fileno() in readable and control.told_to_retire():
-            self._retiring = True
+            self._retiring = True  # the last step has ended, and what comes now is another's
             return
         self._asking = None
         self._trace = next(self._endpoint.ids)  # what timers cause begins a trace
@@ -364,12 +338,12 @@ class Host:
             self._journal.amend(launcher, self._endpoint.to_plain()[1][launcher])
         self._endpoint.release()
 
-    def _back_end(self, kind: str, channel: str) -> BackEnd:
+    def _back_end(self, prepared: Prepared, kind: str, channel: str) -> BackEnd:
         fds = self._config.fds
         match kind:
-            case "console" | "log" if (ring := fds.get(f"ring:{channel}")) is not None:
+            case "console" | "log" if (rings := prepared.rings.get(channel)) is not None:
                 positions = self._put_out.get(channel), self._taken_in.get(channel)
-                return RingBackEnd(ChannelRings(ring), fds["wake_rim"], fds["wake_device"], *positions)
+                return RingBackEnd(rings, fds["wake_rim"], fds["wake_device"], *positions)
             case "console":
                 return ConsoleBackEnd(console_path(self._config.run_dir, self._config.node))
             case "log":
@@ -378,24 +352,6 @@ class Host:
                 return NullBackEnd()
             case _:
                 raise ValueError(f"{self._config.node}: no back end {kind!r}: use console, log or null")
-
-    def _mirror_writer(self, slot_of: dict[tuple[str, int], int]) -> MirrorWriter | None:
-        index = self._config.mirror_index
-        if index is None or not slot_of:
-            return None
-        return MirrorWriter(page_of(self._region(MIRROR_REGION), index), slot_of)
-
-    def _region(self, name: str) -> memoryview:
-        """One of the memory node's regions, to read and write."""
-        fd, size = attach(self._config.run_dir, name, writable=True)
-        try:
-            return memoryview(mmap.mmap(fd, size))
-        finally:
-            os.close(fd)
-
-
-def _kept(record: Record) -> tuple[dict[str, Any], list[Any]]:
-    return {"kind": record.kind, "version": record.version, "fields": record.fields}, record.slot
 
 
 def _in_words(received: Received) -> str:
@@ -410,15 +366,16 @@ def run(config: dict[str, Any]) -> None:
     """
     parsed = msgspec.convert(config, HostConfig)
     logging.basicConfig(level=parsed.log_level.upper(), format=f"{parsed.node}: %(levelname)s: %(message)s")
-    control = Control(parsed.fds["control"]) if "control" in parsed.fds else None
+    control = Control(parsed.fds["control"], parsed.fds.get("baton")) if "control" in parsed.fds else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the launcher's to handle
     try:
+        prepared = Prepared(parsed)
         if parsed.standby and control is not None:
-            _try_out(parsed)
+            prepared.rehearse()
             control.stand_by()
         status, told = RETIRED, False
         while status == RETIRED:
-            host = Host(parsed, control)
+            host = Host(parsed, prepared, control)
             signal.signal(signal.SIGTERM, partial(_stop, host))
             if parsed.standby and control is not None and not told:
                 control.live()  # once: not when it resumes because a later one has failed
@@ -427,6 +384,8 @@ def run(config: dict[str, Any]) -> None:
             if status == RETIRED:
                 assert control is not None
                 control.retired()
+                host.let_go()
+                control.wait_to_resume()
     except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused, BadJournal, StateMismatch) as error:
         log.error("%s", error)
         if control is not None:
@@ -441,10 +400,3 @@ def run(config: dict[str, Any]) -> None:
 
 def _stop(host: Host, number: int, stack: object) -> None:
     host.stop()
-
-
-def _try_out(config: HostConfig) -> None:
-    cls = load_class(config.type)
-    record = Journal(config.fds["journal"]).latest()
-    state = None if record is None else _kept(record)[0]
-    try_out(config.type, cls, make_settings(cls, config.settings), config.shape, state)

@@ -44,6 +44,10 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
     inputs: dict[str, int]  # bytes ever taken in, by channel
     clock: tuple[int, int | None]  # MachineClock: offset, where it stands
 
+    def device(self) -> dict[str, Any]:
+        """The device's state as Device.load takes it."""
+        return {"kind": self.kind, "version": self.version, "fields": self.fields}
+
 
 class InputKey(NamedTuple):
     """Which input a step is about: two of them are the same only if one is the other's repetition."""

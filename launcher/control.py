@@ -3,8 +3,8 @@
 One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
 of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {};
 {"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}; {"op": "swap", "device", "type",
-"settings"} -> {"type", "old", "new", "pause_ns"}; {"op": "kill", "device"} -> {"pid"}. What can't be done:
-{"error": one line}, where bad input is the reason with "status", the exit status that goes with it.
+"settings"} -> {"type", "old", "new", "pause_ns", "parts_ns"}; {"op": "kill", "device"} -> {"pid"}. What can't
+be done: {"error": one line}, where bad input is the reason with "status", the exit status that goes with it.
 An answer may come later than the request; the connection stays open until then.
 """
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from bus.endpoint import Endpoint
 from bus.frames import Attend
+from bus.link import listen
 from devices.journal import Journal as DeviceJournal
 from launcher import report
 from launcher.affinity import pin
@@ -63,7 +64,11 @@ class Processes:
         """`clock`: what a node that starts now is told of the machine's time."""
         *devices, cpu = launch.others
         self._journals = {spec.node: DeviceJournal.make(spec.node) for spec in devices}
-        devices = [replace(spec, fds={"journal": self._journals[spec.node]}) for spec in devices]
+        self._listening = {spec.node: listen(launch.run_dir, spec.node) for spec in devices}
+        devices = [
+            replace(spec, fds={"journal": self._journals[spec.node], "listen": self._listening[spec.node]})
+            for spec in devices
+        ]
         rim = launch.rim
         if rim is not None:
             rim, devices = with_rings(rim, devices)
@@ -101,7 +106,7 @@ class Processes:
 
     def close(self) -> None:
         """When the fork server has ended, and they with it."""
-        for fd in self._journals.values():
+        for fd in (*self._journals.values(), *self._listening.values()):
             os.close(fd)
         for pidfd in self.pidfds():
             report.wait_for_end(pidfd)
@@ -174,7 +179,8 @@ class Processes:
         control.close()
         others = tuple(new if s.node == node else s for s in self.launch.others)
         self.launch = replace(self.launch, others=others)
-        return {"type": with_type, "old": old.pid, "new": done.child.pid, "pause_ns": done.pause_ns}
+        return {"type": with_type, "old": old.pid, "new": done.child.pid, "pause_ns": done.pause_ns,
+                "parts_ns": done.parts_ns}
 
     def _device(self, node: str) -> tuple[ChildSpec, Process]:
         spec = next((s for s in self.launch.others if s.node == node and node in self._journals), None)

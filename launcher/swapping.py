@@ -2,13 +2,13 @@
 
 Each process of a device has a control socket (memory_node/wire.py). The new one is started beside the old:
 
-  new -> {"op": "standing-by"}         its class is loaded, the state fits; else {"op": "refused", error}
-  old <- {"op": "retire", number}      it ends its step and lets its sockets and disks go:
-  old -> {"op": "retired", number, ns}
-  new <- {"op": "take-over"}           it goes on from the journal:
-  new -> {"op": "live"}                else {"op": "refused", error}
-  new -> {"op": "connected", ns}       the CPU's connection has been answered
-  old <- {"op": "end"}                 or {"op": "resume"}, when the new one is not live
+  new -> {"op": "standing-by"}             its class is loaded, the state fits; else {"op": "refused", error}
+  old <- {"op": "retire", number} + a pipe it ends its step and lets its sockets and disks go:
+  old -> a byte into the pipe, to `new`    which goes on from the journal
+  old -> {"op": "retired", number, ns, left_ns}  when its last step had ended, and when it had let go
+  new -> {"op": "live", began_ns, ns}      else {"op": "refused", error}
+  new -> {"op": "connected", ns}           the CPU's connection has been answered
+  old <- {"op": "end"}                     or {"op": "resume"}, when the new one is not live and has ended
 
 Whatever goes wrong before `live`, the old process goes on. docs/live-swap.md has the pictures.
 """
@@ -21,7 +21,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class Swapped:
     child: Child
     control: socket.socket
     pause_ns: int | None  # from the end of the old one's last step until the CPU was connected to the new one
+    parts_ns: dict[str, int]  # of the pause, in their order
 
 
 def swap(
@@ -63,47 +64,77 @@ def swap(
 
     `on_live`: the CPU is to be told that it must look for a new process.
     """
-    child, control = fork(replace(spec, config={**spec.config, "standby": True}))
+    end, beginning = os.pipe()
+    try:
+        config, fds = {**spec.config, "standby": True}, {**spec.fds, "baton": end}
+        child, control = fork(replace(spec, config=config, fds=fds))
+        try:
+            return _swap(node, old, old_control, child, control, beginning, on_live)
+        except SwapRefused:
+            os.close(child.pidfd)
+            control.close()
+            raise
+    finally:
+        os.close(end)
+        os.close(beginning)
+
+
+def _swap(
+    node: str,
+    old: Child,
+    old_control: socket.socket,
+    child: Child,
+    control: socket.socket,
+    baton: int,
+    on_live: Callable[[], object],
+) -> Swapped:
     try:
         _expect(node, "standing-by", control, child, STANDBY_S)
-        number = time.monotonic_ns()
-        _send(old_control, "retire", number=number)
-        retired = _answer(old_control, old, RETIRE_S, "retired", number)
-        if retired is None:
-            _send(old_control, "resume")
-            why = f"its process (pid {old.pid}) has ended, or not ended its step in {RETIRE_S:g} s"
-            raise SwapRefused(f"{node}: {why}", EXIT_DIED)
-        try:
-            _send(control, "take-over")
-            _expect(node, "live", control, child, LIVE_S)
-        except SwapRefused:
-            _end(child)
-            _send(old_control, "resume")
-            raise
     except SwapRefused:
         _end(child)
-        os.close(child.pidfd)
-        control.close()
+        raise
+    number = time.monotonic_ns()
+    _send(old_control, "retire", (baton,), number=number)
+    retired = _answer(old_control, old, RETIRE_S, "retired", number)
+    try:
+        if retired is None:
+            why = f"its process (pid {old.pid}) has ended, or not ended its step in {RETIRE_S:g} s"
+            raise SwapRefused(f"{node}: {why}", EXIT_DIED)
+        live = _expect(node, "live", control, child, LIVE_S)
+    except SwapRefused:
+        _end(child)  # before the old one goes on: it may be about to take over
+        _send(old_control, "resume")
         raise
     on_live()
     connected = _answer(control, child, CONNECTED_S, "connected")
     _send(old_control, "end")
-    pause_ns = connected["ns"] - retired["ns"] if connected is not None else None
-    return Swapped(child, control, pause_ns)
+    times = {
+        "the old one lets go": (retired["ns"], retired["left_ns"]),
+        "the new one hears of it": (retired["left_ns"], live["began_ns"]),
+        "takes over": (live["began_ns"], live["ns"]),
+    }
+    pause_ns = None
+    if connected is not None:
+        times["the CPU connects"] = live["ns"], connected["ns"]
+        pause_ns = connected["ns"] - retired["ns"]
+    return Swapped(child, control, pause_ns, {name: end - begin for name, (begin, end) in times.items()})
 
 
-def _expect(node: str, op: str, control: socket.socket, child: Child, timeout_s: float) -> None:
+def _expect(
+    node: str, op: str, control: socket.socket, child: Child, timeout_s: float
+) -> dict[str, Any]:
     answer = _answer(control, child, timeout_s)
     if answer is None:
         ended = f"ended, or took longer than {timeout_s:g} s"
         raise SwapRefused(f"{node}: the new process (pid {child.pid}) {ended}")
     if answer["op"] != op:
         raise SwapRefused(f"{node}: {answer.get('error', answer['op'])}")
+    return answer
 
 
-def _send(control: socket.socket, op: str, **fields: Any) -> None:
+def _send(control: socket.socket, op: str, fds: Sequence[int] = (), **fields: Any) -> None:
     with contextlib.suppress(OSError):
-        wire.send_record(control, {"op": op, **fields})
+        wire.send_record(control, {"op": op, **fields}, fds)
 
 
 def _answer(

@@ -54,7 +54,7 @@ from bus.frames import (
 from bus.grants import GrantRefused, attach
 from bus.io import IoClient
 from bus.link import console_path
-from devices.host import HostConfig
+from devices.host_config import HostConfig
 from tests.devices import parts
 from tests.devices.parts import Gadget
 

@@ -68,15 +68,15 @@ class Host:
         self._control = control
         self._retiring = False
         cls = prepared.cls
+        self._endpoint = prepared.take_endpoint()
+        self._endpoint.bind(config.fds.get("listen"))  # first: ZeroMQ's thread meets the others meanwhile
+        for peer in config.peers():
+            self._endpoint.connect(peer)
         self._disks = Disks.open(cls, prepared.settings, config.overlays)
         self._journal = prepared.journal
         record = self._journal.latest() if self._journal is not None else None
-        self._endpoint = prepared.take_endpoint()
-        for peer in config.peers():
-            self._endpoint.connect(peer)
         if record is not None:
             self._endpoint.load(record.streams)
-        self._endpoint.bind(config.fds.get("listen"))
         self._cpu_io = f"{config.cpus[0]}.io" if config.cpus else ""
         self._trace = 0
         self._asking: Received | None = None  # whose frame the step is about

@@ -14,6 +14,7 @@ from bus.codemap import CodeMap
 from bus.endpoint import Endpoint
 from bus.grants import attach
 from bus.mirror import MirrorWriter, page_of, slots
+from devices import rehearsal
 from devices.dma import GuestRam
 from devices.host_config import HostConfig
 from devices.journal import Journal
@@ -51,6 +52,9 @@ class Prepared:
         record = self.journal.latest() if self.journal is not None else None
         state = None if record is None else record.device()
         try_out(self._config.type, self.cls, self.settings, self._config.shape, state)
+        if record is not None and not self.cls.DMA:
+            rehearsal.step(self._config.node, self.cls, self.settings, self._config.irqs, record)
+        rehearsal.talk(self._config.run_dir, self._config.node)
         self._endpoint = self._make_endpoint()
         self._endpoint.prepare(self._config.peers())
 

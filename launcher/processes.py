@@ -95,10 +95,11 @@ class Processes:
         """Where `ps` shows it."""
         self.by_node[node] = self.by_node.pop(node)
 
-    def pin(self) -> None:
-        """Let each run on the cores that it is meant for."""
+    def pin(self, node: str | None = None) -> None:
+        """Let each, or this one, run on the cores that it is meant for."""
         for spec in self.launch.others:
-            pin(self.by_node[spec.node].child.pid, spec.host_cpus)
+            if node in (None, spec.node):
+                pin(self.by_node[spec.node].child.pid, spec.host_cpus)
 
     def pidfds(self) -> dict[int, str]:
         """Of all that run, with their nodes."""
@@ -116,8 +117,7 @@ class Processes:
 
     def obituary(self, node: str) -> str:
         """One line about one that has ended."""
-        process = self.by_node[node]
-        return report.obituary(node, process, self._forkserver.wait_status(process.child, LAST_WORDS_S))
+        return self._obituary(node, self.by_node[node])
 
     def restarts(self, node: str) -> bool:
         """Whether another process can go on for one that ends now."""
@@ -126,13 +126,15 @@ class Processes:
     def bury(self, node: str) -> str:
         """Have one that has ended restarted, see `restart_due`; what to tell of it."""
         process = self.by_node[node]
-        line = self.obituary(node)
+        ended = replace(process)
         wait_s = process.restarts.ended(time.monotonic())
-        os.close(process.child.pidfd)
-        if process.control is not None:
-            process.control.close()
         process.ready = False
         process.last_words = ""
+        self.restart_due()  # before anything else: the guest waits
+        line = self._obituary(node, ended)
+        os.close(ended.child.pidfd)
+        if ended.control is not None:
+            ended.control.close()
         return f"{line}; it is restarted {f'in {wait_s:.1f} s' if wait_s else 'at once'}"
 
     def next_due_ns(self) -> int | None:
@@ -148,7 +150,6 @@ class Processes:
             if process is not None and process.restarts.due_s is not None and process.restarts.due_s <= now_s:
                 process.child, process.control = self._fork_device(spec)
                 process.restarts.started(now_s)
-                pin(process.child.pid, spec.host_cpus)
 
     # ---- asked for by the user -----------------------------------------------------------------
 
@@ -173,7 +174,7 @@ class Processes:
         process.child, process.control = done.child, done.control
         process.swaps += 1
         process.restarts.started(time.monotonic())
-        pin(done.child.pid, spec.host_cpus)
+        self.pin(node)
         report.wait_for_end(old.pidfd)
         os.close(old.pidfd)
         control.close()
@@ -192,6 +193,9 @@ class Processes:
         return spec, self.by_node[node]
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _obituary(self, node: str, process: Process) -> str:
+        return report.obituary(node, process, self._forkserver.wait_status(process.child, LAST_WORDS_S))
 
     def _timed(self, spec: ChildSpec) -> ChildSpec:
         return replace(spec, config={**spec.config, **self._clock()})

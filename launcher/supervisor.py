@@ -181,6 +181,8 @@ class Supervisor:
         match received.frame:
             case Event(kind="ready"):
                 if process is not None:
+                    if process.was_ready:  # it is not the first; those are pinned when all are ready
+                        self._processes.pin(received.peer)
                     process.ready = process.was_ready = True
                 if CPU in self._processes.by_node and received.peer in self._processes.devices:
                     self._endpoint.send(CPU, Attend(received.peer))
@@ -237,8 +239,9 @@ class Supervisor:
         if self._forkserver_died():
             self._bury_forkserver()
         if self._processes.restarts(node):
+            line = self._processes.bury(node)
             self._journal.log(node, self._processes.by_node[node].log)
-            self._journal.tell(self._processes.bury(node))
+            self._journal.tell(line)
             return
         self._hear_last_words()
         line = self._processes.obituary(node)

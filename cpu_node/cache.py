@@ -24,6 +24,7 @@ from cpu_node.translate import Translation, leaf_at, renew, translate
 SINGLE = at.CODE_FIRST  # 4 KiB for one instruction at a time (single.py)
 FIRST = at.CODE_FIRST + 0x1000
 _RESERVE = 1 << 20  # more than any chunk takes
+MOST_LINES = 1 << 16  # made before all is dropped, dead ones included: each takes 8 KiB and more of Python
 MOST_DEAD = 6  # translations of one page that are kept though its bytes have changed since
 MOST_KEPT = 48 << 20  # bytes of host code that one call of `keep` writes
 
@@ -38,7 +39,8 @@ class CodeCache:
         self.lines: dict[tuple[int, int, int], Line] = {}  # (linear address, physical page, mode)
         self.templates: dict[int, Templates] = {}
         self.position = FIRST
-        self.limit = at.CODE_SIZE - _RESERVE
+        self.limit, self.most_lines = at.CODE_SIZE - _RESERVE, MOST_LINES
+        self.made = 0  # lines, since all was dropped
         self.instructions = 0
         self.translations = 0
         self.taken_over = 0  # instructions that were found in the store
@@ -50,7 +52,12 @@ class CodeCache:
 
     @property
     def full(self) -> bool:
-        return self.position > self.limit
+        return self.position > self.limit or self.made > self.most_lines
+
+    def add(self, line: Line) -> None:
+        """A new line, nothing of which is translated."""
+        self.lines[line.va, line.pa_pages[0], line.mode] = line
+        self.made += 1
 
     def translate(self, line: Line, offset: int) -> Translation:
         """Translate from an offset that has no host code yet."""
@@ -171,4 +178,5 @@ class CodeCache:
         self._starts.clear()
         self._chunks.clear()
         self.position = FIRST
+        self.made = 0
         self.flushes += 1

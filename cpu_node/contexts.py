@@ -282,11 +282,11 @@ class Contexts:
                 line.unfold()
                 place = line.host.get(offset)
         if place is None:
-            if va in table.crossing:
-                return self._crossing(va)
             if self.cache.full:
                 self.flush_cache()
                 return self.find(va)
+            if va in table.crossing:
+                return self._crossing(va)
             place = self._translate(line, offset)
             if place is None:
                 return self._crossing(va)
@@ -326,7 +326,8 @@ class Contexts:
         if line is None:
             mixed = pa_page in self.code.mixed
             code = self.memory.ram[pa_page << 12 : (pa_page << 12) + PAGE]
-            line = self.cache.lines[key] = page_line(va >> 12, pa_page, mode, code, mixed)
+            line = page_line(va >> 12, pa_page, mode, code, mixed)
+            self.cache.add(line)
             if self.device_sites:
                 sites = self.device_sites.items()
                 line.devices = {o for (page, o), n in sites if page == pa_page and n >= DEVICE_AFTER}
@@ -358,7 +359,8 @@ class Contexts:
                 start = pages[0] << 12 | va & 0xFFF
                 code = ram[start : (pages[0] + 1) << 12] + ram[pages[1] << 12 : (pages[1] << 12) + 15]
                 mixed = pages[0] in self.code.mixed or pages[1] in self.code.mixed
-                line = self.cache.lines[key] = single_line(va, pages, mode, code, mixed)
+                line = single_line(va, pages, mode, code, mixed)
+                self.cache.add(line)
                 self.cache.take_over(line)
                 self._register(line)
             table.add(line)

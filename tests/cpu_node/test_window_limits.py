@@ -122,6 +122,54 @@ def test_code_cache_is_dropped_when_full() -> None:
 
 
 @isolated
+def test_code_cache_is_dropped_when_it_is_full_of_crossing_instructions() -> None:
+    """Nothing but jumps that cross into the next page: each is a line of its own."""
+    board = Board()
+    cache = board.engine.contexts.cache
+    cache.limit = FIRST + 0x800
+    jumps, first = 200, 0x400FFE
+    for n in range(jumps):
+        board.load(f"jmp {first + (n + 1) * 0x2000:#x}", first + n * 0x2000)
+    board.load("mov eax, 0x1234\nhlt", first + jumps * 0x2000)
+    for _ in range(3):
+        board.flat()
+        board.regs[EAX] = 0
+        board.run(None, first)
+        assert board.regs[EAX] == 0x1234
+        assert cache.position < FIRST + 0x4000
+    assert cache.flushes > 5
+    check(board.engine.contexts)
+
+
+@isolated
+def test_code_cache_is_dropped_when_too_many_lines_were_made() -> None:
+    """A guest that writes code anew all the time: what is dead takes memory, too."""
+    board = Board()
+    cache = board.engine.contexts.cache
+    cache.most_lines = 40
+    pages = 30
+    for n in range(pages):
+        board.load("mov eax, 0\nret", 0x400000 + n * 0x1000)
+    for turn in range(1, 8):
+        board.flat()
+        board.run(f"""
+            xor ebx, ebx
+            mov esi, 0x400000
+            mov ecx, {pages}
+        again:
+            mov dword ptr [esi+1], {turn}
+            call esi
+            add ebx, eax
+            add esi, 0x1000
+            loop again
+            hlt""")
+        assert board.regs[EBX] == pages * turn
+        assert len(cache.lines) <= cache.made <= 42
+    assert cache.flushes >= 3
+    check(board.engine.contexts)
+
+
+@isolated
 def test_ram_that_ends_inside_a_4_mib_page() -> None:
     """10 MiB: the rest of the last big page is the bus."""
     board = Board(memory=10 << 20)

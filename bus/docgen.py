@@ -46,11 +46,12 @@ def page() -> str:
 RULES = f"""\
 - Every node binds one ROUTER at `ipc://<run directory>/<node>.ipc`; who asks connects a DEALER whose
   identity is its own node name (the CPU thread's sockets: `<node>.io`).
-- `seq` counts 1, 2, 3, ... per sender and receiver, however often either is restarted. The sender retains a
-  frame until it is acknowledged. A number seen before is a duplicate, one that is too high follows a gap:
+- `seq` counts 1, 2, 3, ... per sender and receiver, however often either is restarted; from a higher number
+  on where a node without a journal begins anew (docs/live-swap.md). The sender retains a frame until it is
+  acknowledged. A number seen before is a duplicate, one that is too high follows a gap:
   both are counted and dropped, and a gap is answered by Resume. A DEALER's first message of each connection
-  is empty; the ROUTER's side answers with Resume and with what it retains. An Ack is sent when
-  {stream.ACK_EVERY} frames came with nothing sent back.
+  is empty; the ROUTER's side answers with Resume and with what it retains, before which an Ack says its
+  `first` number. An Ack is also sent when {stream.ACK_EVERY} frames came with nothing sent back.
 - An answer carries the `trace` and `span` of its request. A frame caused by another carries its `trace` and a
   `span` of its own. The writes of a PostedBatch are the spans `span`, `span + 1`, ..., those that a Read
   carries `span + 1`, `span + 2`, ...

@@ -52,14 +52,26 @@ class Received(NamedTuple):
 
 
 class Endpoint:
-    """bind() to be reached, connect() to reach; close() in the end, or use it as a context manager."""
+    """bind() to be reached, connect() to reach; close() in the end, or use it as a context manager.
 
-    def __init__(self, run_dir: str | Path, node: str, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    `afresh`: for a node that nothing is handed down to, and whose peers may know an earlier process of its
+    name. It is taken for that one's successor: what the peers retain comes to it, and nothing else. Whoever
+    takes a name over makes an Endpoint after the last one's has ended, also the same process again.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        node: str,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        afresh: bool = False,
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.node = node
         self.now_ns = now_ns
         self.counters = Counters()
         self.ids = id_source(node, now_ns())
+        self._base = time.monotonic_ns() if afresh else 0  # nobody sends a frame each nanosecond
         self._context: zmq.Context[Any] = zmq.Context()
         self._router: zmq.Socket[bytes] | None = None
         self._spare: dict[str | None, zmq.Socket[bytes]] = {}  # see prepare(); None: the ROUTER
@@ -102,7 +114,7 @@ class Endpoint:
         dealer = self._spare.pop(peer, None) or make_dealer(self._context, self.node)
         dealer.connect(f"ipc://{socket_path(self.run_dir, peer)}")
         self._dealers[peer] = dealer
-        self._asking[peer] = Stream(self.counters, self.now_ns)
+        self._asking[peer] = Stream(self.counters, self.now_ns, self._base)
         self._watch(peer, dealer)
 
     def has_heard(self, peer: str) -> bool:
@@ -279,7 +291,7 @@ class Endpoint:
             return None  # from a connection that another of the same name has replaced: it comes again there
         stream = self._asked.get(identity)
         if stream is None:
-            stream = self._asked[identity] = Stream(self.counters, self.now_ns)
+            stream = self._asked[identity] = Stream(self.counters, self.now_ns, self._base)
         if parts == [b""]:  # it has connected
             self.connections[identity.decode(NAMES)] = self.now_ns()
             self._to_router(identity, stream.resume())

@@ -17,14 +17,14 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 Direction = Literal["one-way", "request", "reply"]
 
 
 class Header(NamedTuple):
     """What every frame carries besides its fields. All five are 64-bit and unsigned."""
 
-    seq: int  # 1, 2, 3, ... per (sender, receiver) stream; 0 for Ack and Resume, which are in none
+    seq: int  # consecutive per (sender, receiver) stream; 0 for Ack and Resume, which are in none
     ack: int  # the last frame of the other direction that the sender has committed
     trace: int  # the causal chain, allocated by the originator of an I/O; 0 = none
     span: int  # this step of the chain
@@ -251,7 +251,10 @@ class Event(Frame, frozen=True):
 
 
 class Ack(Frame, frozen=True):
-    """Nothing but the `ack` of its header, where no other frame goes that way."""
+    """Nothing but the `ack` of its header, where no other frame goes that way. With a `first` it begins a
+    repetition: frames from that number on come again, or are yet to be sent."""
+
+    first: int = 0
 
 
 class Resume(Frame, frozen=True):

@@ -9,7 +9,10 @@ invariants, tests/bus/test_protocol.py explores them.
 - Who receives takes the next number only. A lower one is a duplicate. A higher one is a gap: dropped, and
   answered by Resume. Ack and Resume have number 0: they are in no stream, and repeating them harms nothing.
 - When the two are connected (anew), the bound side says Resume, and repeats what it retains; Resume makes
-  the other side repeat what it retains.
+  the other side repeat what it retains. A repetition begins with an Ack that says which frame is its `first`:
+  so it is noticed if the next ones are lacking, and who is new knows where to begin.
+- A node without a journal that begins anew under its name numbers its frames from a `base` on that is above
+  all that its predecessor sent. With the first repetition, each side goes on where the other one begins.
 - No more than WINDOW frames are under way; what comes after them waits among the retained.
 - `to_plain` is what must survive a process: a node that commits it together with its state, before any
   frame that the state caused is sent, may end at any point and be started again.
@@ -44,21 +47,21 @@ Positions = dict[str, tuple[int, int]]  # by connection ("who>whom"): last frame
 
 
 class Stream:
-    """Frames to and from one peer. The counters belong to the endpoint."""
+    """Frames to and from one peer. The counters belong to the endpoint; the first frame is `base` + 1."""
 
-    __slots__ = ("_acked", "_counters", "_gap", "_now_ns", "_retained", "_sent", "_told", "_under_way",
+    __slots__ = ("_acked", "_asked", "_counters", "_now_ns", "_retained", "_sent", "_told", "_under_way",
                  "seen")  # fmt: skip
 
-    def __init__(self, counters: Counters, now_ns: Callable[[], int]) -> None:
+    def __init__(self, counters: Counters, now_ns: Callable[[], int], base: int = 0) -> None:
         self._counters = counters
         self._now_ns = now_ns
-        self._sent = 0  # number of the last frame encoded
-        self._acked = 0  # the other side has committed all up to this
+        self._sent = base  # number of the last frame encoded
+        self._acked = base  # the other side has committed all up to this
         self._retained: deque[bytes] = deque()  # those after _acked, the last is _sent
         self._under_way = 0  # how many of the retained the transport was given
         self.seen = 0  # number of the last frame taken
         self._told = 0  # the last `ack` sent
-        self._gap = 0  # Resume was said and the frame that it asks for has not come: the last one that has
+        self._asked = False  # Resume was said, and the repetition has not come
 
     def positions(self) -> tuple[int, int]:
         """Numbers of the last frames sent and taken."""
@@ -86,10 +89,9 @@ class Stream:
 
     def repeat(self) -> Iterator[bytes]:
         """What is retained, from the oldest on, as far as the window goes; to be sent (again). Before it an
-        Ack, in answer to Resume: earlier ones may be lost, and the other side's window be shut for good."""
-        if self._told < self.seen:
-            self._told = self.seen
-            yield encode(Ack(), 0, self.seen, 0, 0, self._now_ns())
+        Ack: earlier ones may be lost, and the other side's window be shut for good."""
+        self._told = self.seen
+        yield encode(Ack(self._acked + 1), 0, self.seen, 0, 0, self._now_ns())
         self._under_way = 0
         yield from self.take_waiting()
 
@@ -137,6 +139,8 @@ class Stream:
         self._acknowledged(header.ack)
         if header.seq == 0:
             counters.frames_in -= 1  # of the protocol's own
+            if type(frame) is Ack and frame.first:
+                self._repetition_from(frame.first)
             if type(frame) is not Resume:
                 return None
             self._told = 0  # what was said on an earlier connection may be lost
@@ -148,15 +152,20 @@ class Stream:
             raise bad
         if header.seq <= self.seen:
             return None
-        ask = not self._gap or header.seq <= self._gap  # <=: a repetition that lacks it, too
-        self._gap = header.seq
-        return Need.RESUME if ask else None
+        asked, self._asked = self._asked, True
+        return None if asked else Need.RESUME
+
+    def _repetition_from(self, first: int) -> None:
+        """What comes now begins with this number. What is before it was acknowledged, or is of somebody who
+        had the other side's name before it, or is for somebody who had ours: it will not come."""
+        self._asked = False
+        self.seen = max(self.seen, first - 1)
 
     def _judge(self, seq: int) -> bool:
         """Is it the next one?"""
         if seq == self.seen + 1:
             self.seen = seq
-            self._gap = 0
+            self._asked = False
             return True
         if 0 < seq <= self.seen:
             self._counters.duplicated += 1
@@ -182,7 +191,7 @@ class Stream:
         self._retained = deque(retained)
         self._under_way = 0
         self._told = 0
-        self._gap = 0
+        self._asked = False
 
 
 def id_source(node: str, now_ns: int) -> Iterator[int]:

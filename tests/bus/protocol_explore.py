@@ -145,7 +145,9 @@ SCENARIOS = {
     "shut windows": Scenario("RRRR", window=2, eager=True, breaks=1),
     "shut windows, crash": Scenario("rdRr", window=2, breaks=1, crashes=1, breaking=(0,), crashing=("dev",)),
     "window of one": Scenario("dddd", window=1, ack_every=1, crashes=1, breaks=1, breaking=(1,)),
-    "lost frames": Scenario("ddr", drops=2, breaks=1),
+    "lost frames": Scenario("ddr", drops=10, breaks=1),
+    "begins anew": Scenario("dr", window=2, renewals=1, crashes=1, crashing=("dev",)),
+    "begins anew, bound": Scenario("rp", window=2, renewals=1, late=1, cpu_bound=True),
 }
 # What `make model` goes through besides.
 LARGER = {
@@ -154,8 +156,15 @@ LARGER = {
     "crashes, connections": Scenario("da", crashes=2, breaks=2),
     "swap, crashes": Scenario("dai", window=2, crashes=2, swaps=1),
     "three crashes": Scenario("dpD", window=2, crashes=3),
+    "begins anew, all": Scenario("da", renewals=1, crashes=1, breaks=1, late=1),
+    "begins anew, bound, all": Scenario("da", renewals=1, crashes=1, breaks=1, late=1, cpu_bound=True),
+    "begins anew twice": Scenario("dar", window=2, renewals=2, late=1),
+    "begins anew twice, bound": Scenario("dar", window=2, renewals=2, late=1, cpu_bound=True),
     "four frames": Scenario("daio", window=2, crashes=1, breaks=1),
 }
+
+
+KINDS = ("crashes", "breaks", "swaps", "late", "drops", "renewals")
 
 
 def main() -> int:
@@ -170,7 +179,7 @@ def main() -> int:
             print(f"{name}: {failed}")
             return 1
         took = time.process_time() - started
-        counts = {n: getattr(scenario, n) for n in ("crashes", "breaks", "swaps", "late", "drops")}
+        counts = {n: getattr(scenario, n) for n in KINDS}
         faults = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         figures = f"{found.states:9,} {found.transitions:12,} {found.depth:5} {took:6.1f}"
         print(f"{name:22} {scenario.program:7} {faults:45} {figures}", flush=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bus.codec import encode
-from bus.frames import Ack, Frame, Header
-from bus.stream import Need, Stream
+from bus.frames import Ack, Frame
+from bus.stream import Stream
 from tests.bus.protocol_model import Rules, Scenario
 
 
@@ -98,8 +98,46 @@ class NoAckAtResume(Stream):
     __slots__ = ()
 
     def repeat(self):  # type: ignore[no-untyped-def]
-        self._told = self.seen
-        return super().repeat()
+        _, *frames = super().repeat()
+        return iter(frames)
+
+
+class AckWithoutFirst(Stream):
+    """A repetition does not say where it begins."""
+
+    __slots__ = ()
+
+    def repeat(self):  # type: ignore[no-untyped-def]
+        _, *frames = super().repeat()
+        return iter([encode(Ack(), 0, self.seen, 0, 0, 0), *frames])
+
+
+class FirstIsTheNext(Stream):
+    """A repetition says that it begins with what is sent next."""
+
+    __slots__ = ()
+
+    def repeat(self):  # type: ignore[no-untyped-def]
+        _, *frames = super().repeat()
+        return iter([encode(Ack(self._sent + 1), 0, self.seen, 0, 0, 0), *frames])
+
+
+class FirstClearsNoGap(Stream):
+    """A repetition that lacks its beginning does not make it say Resume again."""
+
+    __slots__ = ()
+
+    def _repetition_from(self, first: int) -> None:
+        self.seen = max(self.seen, first - 1)
+
+
+class FirstIsForThoseWhoAskedOnly(Stream):
+    """Who is new in place of another goes on where it was asked from, not where the repetition begins."""
+
+    __slots__ = ()
+
+    def _repetition_from(self, first: int) -> None:
+        self._asked = False
 
 
 class NeverAcks(Stream):
@@ -116,19 +154,9 @@ class AcksEarly(Stream):
         return encode(Ack(), 0, self.seen + 1, 0, 0, 0)
 
 
-class GapAskedOnce(Stream):
-    """A repetition that lacks its first frame does not make it say Resume again."""
-
-    __slots__ = ()
-
-    def decode(self, data: bytes) -> tuple[Header, Frame] | Need | None:
-        gap = self._gap
-        decoded = super().decode(data)
-        return None if gap and decoded is Need.RESUME else decoded
-
-
 BREAK, CRASH, SWAP = Scenario("da", breaks=1), Scenario("da", crashes=1), Scenario("da", swaps=1, crashes=1)
 SHUT = Scenario("RRRRR", window=2, eager=True)
+NEW = Scenario("rp", renewals=1)
 TIGHT = Scenario("dddd", window=2)
 
 
@@ -158,7 +186,12 @@ FAULTS = (
     Fault("no Resume at a connection", _with("no Resume at a connection"), BREAK),
     Fault("the bound side does not repeat", _with("bound side does not repeat"), BREAK),
     Fault("a gap is not answered", _with("gap is not answered"), Scenario("dd", drops=1)),
-    Fault("a gap is answered once for all", Rules(GapAskedOnce), Scenario("pp", drops=2)),
+    Fault("a gap is answered once for all", Rules(FirstClearsNoGap), Scenario("pp", drops=2)),
+    # who begins anew
+    Fault("begins anew from 1 on", _with("begins anew from 1 on"), NEW),
+    Fault("a repetition doesn't say its first", Rules(AckWithoutFirst), NEW),
+    Fault("says the next as its first", Rules(FirstIsTheNext), NEW),
+    Fault("does not go on from the first", Rules(FirstIsForThoseWhoAskedOnly), NEW),
     # a step
     Fault("sent before the commit", _ordered("send", "commit", "dma", "out", "io"), CRASH),
     Fault("DMA before the commit", _ordered("dma", "commit", "out", "send", "io"), CRASH),

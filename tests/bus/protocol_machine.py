@@ -12,6 +12,7 @@ may read what had come even behind what comes over the new one (libzmq reads bot
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import bus.stream
@@ -27,6 +28,7 @@ from tests.bus.protocol_model import (
     Rules,
     Scenario,
     Violation,
+    joined,
 )
 
 State = tuple[int, ...]  # the ids of three nodes, three links, the world; faults left
@@ -71,6 +73,7 @@ class View(NamedTuple):
     done: bool  # nothing is left to do
     interrupts: tuple[int, ...]
     answers: tuple[int, ...]
+    lives: tuple[int, ...] = ()
 
 
 class Machine:
@@ -92,15 +95,15 @@ class Machine:
         pic.start()
         nodes = [part.id(node.freeze()) for part, node in zip(self.nodes, (Cpu(s, r), dev, pic), strict=True)]
         links = [self.links.id((True, (PROBE,), (), ())) for _ in LINKS]
-        left = self.lefts.id((s.crashes, s.breaks, s.swaps, s.late, s.drops))
+        left = self.lefts.id((s.crashes, s.breaks, s.swaps, s.late, s.drops, s.renewals))
         return (*nodes, *links, self.worlds.id(((), ())), left)
 
     # --- what may happen
 
     def steps(self, state: State) -> Iterator[Step]:
         views = self.view(CPU, state[CPU]), self.view(DEV, state[DEV]), self.view(PIC, state[PIC])
-        crashes, breaks, swaps, late, drops = self.lefts.values[state[LEFT]]
-        for link, (connects, bound) in enumerate(LINKS):
+        crashes, breaks, swaps, late, drops, renewals = self.lefts.values[state[LEFT]]
+        for link, (connects, bound) in enumerate(self.scenario.links):
             up, out, back, old = self.links.values[state[LINK0 + link]]
             dealer, router = NODES.index(connects), NODES.index(bound)
             if out and views[router].reads:
@@ -127,6 +130,9 @@ class Machine:
                 yield Step(broken.label, self._spend(broken.state, 1), True)
         if views[CPU].sends:
             yield self._act(state, CPU, "send")
+        if renewals:
+            step = self._act(state, CPU, "renew")
+            yield Step(step.label, self._spend(step.state, 5), True)
         for node in (DEV, PIC):
             view = views[node]
             if view.ops and view.up:
@@ -169,7 +175,7 @@ class Machine:
         if known is None:
             known = self._done[key] = self._work_out(node, state[node], what, args)
         state = _with(state, node, known[0])
-        if what in ("crash", "retire", "start", "resume"):
+        if what in ("crash", "retire", "start", "resume", "renew"):
             state = self._disconnected(state, node)
         for op in known[1]:
             state = self._outside(state, node, op)
@@ -188,7 +194,7 @@ class Machine:
 
     def _disconnected(self, state: State, node: int) -> State:
         """Its sockets are closed: nothing reaches it any more; what it sent may still arrive."""
-        for link, (connects, bound) in enumerate(LINKS):
+        for link, (connects, bound) in enumerate(self.scenario.links):
             _, out, back, _ = self.links.values[state[LINK0 + link]]
             if NODES[node] in (connects, bound):
                 value = (False, out, (), ()) if NODES[node] == connects else (False, (), back, ())
@@ -200,7 +206,7 @@ class Machine:
             up, out, back, old = self.links.values[state[LINK0 + op[1]]]
             if not up:
                 return state
-            if LINKS[op[1]][0] == NODES[node]:
+            if self.scenario.links[op[1]][0] == NODES[node]:
                 value = (up, (*out, op[2]), back, old)
             else:
                 value = (up, out, (*back, op[2]), old)
@@ -233,12 +239,13 @@ class Machine:
             streams = {n: s.to_plain() for n, s in cpu.streams.items()}
             if len(streams[0][3]) > scenario.window and not scenario.eager:
                 raise Violation("more is retained than the window takes")
-            seen = tuple(streams[n][2] if n in streams else -1 for n in range(len(LINKS)))
             acked = tuple(streams[n][1] if n in streams else -1 for n in range(len(LINKS)))
+            acked = tuple(number if number > cpu.base else -1 for number in acked)
             done = cpu.sent == len(scenario.program) and not cpu.waits
             return View(
-                True, True, False, cpu.can_send, "up", acked, seen, (), done, cpu.interrupts, cpu.answers
-            )
+                True, True, False, cpu.can_send, "up", acked, cpu.taken(), (), done,
+                joined(cpu.before[1], cpu.interrupts), joined(cpu.before[0], cpu.answers), cpu.lives,
+            )  # fmt: skip
         dev = Device(NODES[node], scenario, rules).thaw(frozen)
         log, _, plains, _, _ = dev.journal
         committed = dict(zip(dev.links, plains, strict=True))
@@ -273,6 +280,7 @@ class Machine:
                 if who.acked[link] > whom.committed[link] >= 0:
                     raise Violation("an ack is above what is committed")
         if (a, b) == (CPU, DEV):
+            self._complete_but_for_ends(other.log, one.lives)
             answers = [s for s in other.log for _ in range(ANSWERS.get(self._letter(s), 0))]
             _prefix("answers", list(one.answers), answers)
         elif (a, b) == (DEV, PIC):
@@ -281,19 +289,28 @@ class Machine:
         else:
             _prefix("interrupts", list(one.interrupts), list(other.log))
 
+    def _complete_but_for_ends(self, log: tuple[int, ...], lives: tuple[int, ...]) -> None:
+        """Of the frames of each CPU the device has handled the first so and so many."""
+        numbers = [0, *(stamp >> STAMP for stamp in log)]
+        for number, after in pairwise(numbers):
+            if after != number + 1 and after - 1 not in lives:
+                raise Violation(f"frame {after} is handled after frame {number}, by one and the same sender")
+
     def is_final(self, state: State) -> bool:
         """All is delivered and nothing moves."""
         views = self.view(CPU, state[CPU]), self.view(DEV, state[DEV]), self.view(PIC, state[PIC])
         program, (dma, console) = self.scenario.program, self.worlds.values[state[WORLD]]
-        lines = sum(letter in "dDi" for letter in program)
+        done = "".join(self._letter(stamp) for stamp in views[DEV].log)
+        last = views[DEV].log[-1] >> STAMP if done else 0
+        lines = sum(letter in "dDi" for letter in done)
         return (
             all(view.done for view in views)
             and all(self.links.values[number] == (True, (), (), ()) for number in state[LINK0:WORLD])
-            and len(views[DEV].log) == len(program)
+            and (last == len(program) or len(program) in views[CPU].lives)
             and len(views[PIC].log) == len(views[CPU].interrupts) == lines
-            and len(views[CPU].answers) == sum(ANSWERS.get(letter, 0) for letter in program)
-            and len(dma) == sum(map(_dma_writes, program))
-            and len(console) == sum(letter in "oi" for letter in program)
+            and len(views[CPU].answers) == sum(ANSWERS.get(letter, 0) for letter in done)
+            and len(dma) == sum(map(_dma_writes, done))
+            and len(console) == sum(letter in "oi" for letter in done)
         )
 
 

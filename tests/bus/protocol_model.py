@@ -11,6 +11,9 @@ The CPU sends frames 1, 2, 3, ... to the device; for each the device does what t
     o  a byte of output              i  disk I/O, whose completion is a step of its own: a DMA write, a Line
     r  a frame back, unasked         R  two of them
 
+The CPU has no journal. Where a scenario says so it ends, too: another begins anew under its name, and sends
+what is left of the program. With `cpu_bound` the device connects to it.
+
 The pic is a device, too, and makes an interrupt frame for the CPU of each Line. What a step puts out is
 stamped with the number of the process that ran it: a device is not deterministic, and what an uncommitted
 step would have put out must never be seen.
@@ -29,6 +32,8 @@ from bus.frames import Eoi, Frame
 from bus.stream import Need, Stream
 
 LINKS = (("cpu", "dev"), ("dev", "pic"), ("pic", "cpu"))  # who connects, who is bound
+CPU_BOUND = (("dev", "cpu"), *LINKS[1:])
+LIFE = 42  # a CPU sends fewer frames: the base of the next one is so much higher
 NODES = ("cpu", "dev", "pic")
 STAMP = 10  # bits for the number of the process
 PROBE = b""  # what a ROUTER gets first on a connection
@@ -42,7 +47,7 @@ class Violation(Exception):
 
 
 class Scenario(NamedTuple):
-    """What is explored. `crashes` to `late`: how many of each may happen."""
+    """What is explored. `crashes` to `renewals`: how many of each may happen."""
 
     program: str  # a letter for each frame of the CPU
     window: int = 3
@@ -52,9 +57,15 @@ class Scenario(NamedTuple):
     swaps: int = 0
     drops: int = 0  # single frames, on a connection that lives, with later ones behind them
     late: int = 0  # connections whose old frames the connecting side may read behind the new one's
+    renewals: int = 0  # the CPU ends and begins anew
+    cpu_bound: bool = False
     eager: bool = False  # the CPU goes on where the window is full, as an Endpoint does
     crashing: tuple[str, ...] = ("dev", "pic")
     breaking: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def links(self) -> tuple[tuple[str, str], ...]:
+        return CPU_BOUND if self.cpu_bound else LINKS
 
 
 @dataclass(frozen=True)
@@ -93,19 +104,29 @@ def payload_of(frame: Frame) -> int:
     return frame.vector
 
 
+def joined(before: tuple[int, ...], now: tuple[int, ...]) -> tuple[int, ...]:
+    """What was seen before, and what one has seen who began with something of that or with what follows."""
+    at = before.index(now[0]) if now and now[0] in before else len(before)
+    both = min(len(before) - at, len(now))
+    if before[at : at + both] != now[:both]:
+        raise Violation(f"{now} is not what comes after {before}")
+    return before + now[both:]
+
+
 class Node:
     """What the CPU and devices share: the part of an Endpoint."""
 
     def __init__(self, name: str, scenario: Scenario, rules: Rules) -> None:
         self.name, self.scenario, self.rules = name, scenario, rules
         self.links = tuple(n for n, pair in enumerate(LINKS) if name in pair)
+        self.binds = tuple(n for n, pair in enumerate(scenario.links) if name == pair[1])
         self.streams = {n: rules.stream(COUNTERS, no_time) for n in self.links}
         self.live: frozenset[int] = frozenset()  # links whose bound side has answered us
         self.out: list[Op] = []  # what the transition does outside: ("send", link, data) and others
 
     def arrived(self, link: int, data: bytes) -> int | None:
         """As Endpoint._from_router and _from_dealer: the payload of the frame, if it is the next one."""
-        stream, faults, bound = self.streams[link], self.rules.faults, LINKS[link][1] == self.name
+        stream, faults = self.streams[link], self.rules.faults
         if data == PROBE:
             if "no Resume at a connection" not in faults:
                 self.put(link, stream.resume())
@@ -115,7 +136,7 @@ class Node:
         decoded = stream.decode(data)
         self.put(link, *stream.take_waiting())
         if decoded is Need.REPEAT:
-            if not bound:
+            if link not in self.binds:
                 self.live |= {link}
             if "Resume is ignored" not in faults:
                 self.put(link, *stream.repeat())
@@ -129,7 +150,7 @@ class Node:
     def encode(self, link: int, payload: int) -> list[bytes]:
         """Number and retain a frame; what of it is to be sent, now or after the commit."""
         data = self.streams[link].encode(Eoi(payload), 0, 0)
-        usable = LINKS[link][1] == self.name or link in self.live
+        usable = link in self.binds or link in self.live
         return [data] if data is not None and usable else []
 
     def put(self, link: int, *frames: bytes) -> None:
@@ -146,19 +167,23 @@ class Node:
 
 
 class Cpu(Node):
-    """Sends its program; has no journal and does not end."""
+    """Sends its program; has no journal."""
 
     def __init__(self, scenario: Scenario, rules: Rules) -> None:
         super().__init__("cpu", scenario, rules)
         self.sent, self.waits = 0, False
         self.answers: tuple[int, ...] = ()
         self.interrupts: tuple[int, ...] = ()
+        self.lives: tuple[int, ...] = ()  # how much of the program was sent when each earlier one ended
+        # what they have seen: answers, interrupts, numbers by link
+        self.before: Frozen = ((), (), (-1,) * len(LINKS))
 
     def freeze(self) -> Frozen:
-        return self.sent, self.waits, self.answers, self.interrupts, self.frozen_part()
+        return (self.sent, self.waits, self.answers, self.interrupts, self.lives, self.before,
+                self.frozen_part())  # fmt: skip
 
     def thaw(self, frozen: Frozen) -> Cpu:
-        self.sent, self.waits, self.answers, self.interrupts, part = frozen
+        self.sent, self.waits, self.answers, self.interrupts, self.lives, self.before, part = frozen
         self.thaw_part(part)
         return self
 
@@ -172,12 +197,31 @@ class Cpu(Node):
         self.waits = self.scenario.program[self.sent - 1] == "a"
         self.put(0, *self.encode(0, self.sent))
 
+    def renew(self) -> None:
+        """End, and begin anew with nothing but a base that is above all numbers used so far."""
+        answers, interrupts, _ = self.before
+        self.before = joined(answers, self.answers), joined(interrupts, self.interrupts), self.taken()
+        self.lives += (self.sent,)
+        self.waits, self.answers, self.interrupts, self.live = False, (), (), frozenset()
+        base = self.base if "begins anew from 1 on" not in self.rules.faults else 0
+        self.streams = {n: self.rules.stream(COUNTERS, no_time, base) for n in self.links}
+
+    @property
+    def base(self) -> int:
+        return LIFE * len(self.lives)
+
+    def taken(self) -> tuple[int, ...]:
+        """By link, the highest number that this one or an earlier one has taken; -1 for a link of others."""
+        mine = [self.streams[n].seen if n in self.streams else -1 for n in range(len(LINKS))]
+        return tuple(map(max, mine, self.before[2]))
+
     def take(self, link: int, data: bytes) -> None:
-        payload = self.arrived(link, data)
+        payload, asked = self.arrived(link, data), False
         if payload is None:
             return
         if link == 0:
-            asked = self.scenario.program[(payload >> STAMP) - 1] == "a"
+            number = payload >> STAMP
+            asked = self.scenario.program[number - 1] == "a" and number > max(self.lives, default=0)
             if asked and not self.waits:
                 raise Violation("an answer that nobody waits for")
             self.waits = self.waits and not asked
@@ -186,7 +230,6 @@ class Cpu(Node):
         else:
             self.interrupts += (payload,)
             self.out.append(("sees", payload >> STAMP))
-        asked = link == 0 and self.scenario.program[(payload >> STAMP) - 1] == "a"
         if not asked and (ack := self.streams[link].acknowledgement()) is not None:
             self.put(link, ack)
 
@@ -272,11 +315,12 @@ class Device(Node):
         payload = self.arrived(link, data)
         if payload is None:
             return
-        if self.name == "dev" and payload != len(self.log) + 1:
-            raise Violation(f"frame {payload} is handled after frame {len(self.log)}")
+        last = self.log[-1] >> STAMP if self.log else 0
+        if self.name == "dev" and (payload <= last or (payload != last + 1 and not self.scenario.renewals)):
+            raise Violation(f"frame {payload} is handled after frame {last}")
         self.log += (payload << STAMP | self.number,)
         letter = self.scenario.program[payload - 1] if self.name == "dev" else "l"
-        self.begin(letter, self.log[-1], payload)
+        self.begin(letter, self.log[-1], len(self.log))
         if "a frame is thrown away without a commit" in self.rules.faults and letter == "p":
             self.ops = ()
         if "Ack before commit" in self.rules.faults:

@@ -17,6 +17,7 @@ from bus.endpoint import Endpoint, NoReply, Received, RequestRefused
 from bus.frames import (
     KIND_OF,
     PROTOCOL_VERSION,
+    Ack,
     Event,
     Frame,
     Line,
@@ -190,6 +191,7 @@ def test_what_is_no_frame_is_refused_and_counted_and_the_endpoint_lives(
     try:
         raw.setsockopt(zmq.RCVTIMEO, 20_000)
         assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Resume]
+        assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Ack]
         raw.send_multipart(parts)
         assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Refused]
         with Endpoint(run_dir, "a") as a:
@@ -295,6 +297,46 @@ def test_a_path_too_long_for_a_socket_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadRunDir, match=f"longer than {PATH_MAX} bytes") as caught:
         socket_path(tmp_path / ("x" * 100), "cpu0")
     assert "\n" not in str(caught.value)
+
+
+def test_who_begins_anew_gets_what_was_retained_and_its_own_frames_are_taken(run_dir: Path) -> None:
+    """On both sides of a connection: it connects to one peer, another connects to it."""
+    with Endpoint(run_dir, "below") as below, Endpoint(run_dir, "above") as above:
+        below.bind()
+        above.connect("node")
+        seen: list[tuple[str, Frame]] = []
+        for life in ("first", "second", "third"):
+            with Endpoint(run_dir, "node", afresh=True) as node:
+                node.bind()
+                node.connect("below")
+                below_gets = [Event("to below", f"{life} {n}") for n in range(3)]
+                for event in below_gets:
+                    node.send("below", event)
+                span = above.send("node", Event(f"to the {life}", ""))
+                answered = False
+                deadline = time.monotonic() + LONG_NS / 1e9
+                while time.monotonic() < deadline and (below_gets or not answered):
+                    for endpoint in (node, below, above):
+                        endpoint.wait(1_000_000)
+                        for received in endpoint.receive():
+                            if received.peer == "node" and received.asked:
+                                assert received.frame == below_gets.pop(0)
+                            elif received.peer == "node":
+                                assert received.frame == Pong()
+                                answered |= received.header.span == span
+                            else:
+                                seen.append((life, received.frame))
+                                node.reply(received, Pong())
+                assert answered
+                assert not below_gets
+            above.send("node", Event("to nobody", life))
+        assert seen == [
+            ("first", Event("to the first", "")),
+            ("second", Event("to nobody", "first")),
+            ("second", Event("to the second", "")),
+            ("third", Event("to nobody", "second")),
+            ("third", Event("to the third", "")),
+        ]
 
 
 def make_io(run_dir: Path, deadline_ns: int) -> IoClient:

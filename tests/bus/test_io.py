@@ -466,6 +466,8 @@ class SlowDevice:
     def receive(self, timeout_ms: int) -> bytes | None:
         if self.begun and self._sent:
             decoded = self._stream.decode(self._sent.popleft())
+            if decoded is None:  # the Ack before what is repeated
+                return None
             assert isinstance(decoded, tuple)
             self.taken.append(decoded[1])
             if isinstance(decoded[1], Ping):

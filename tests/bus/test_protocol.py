@@ -49,11 +49,18 @@ PROGRAMS = st.text(alphabet="pdDaoirR", min_size=20, max_size=40)
     program=PROGRAMS,
     window=st.integers(2, 6),
     eager=st.booleans(),
+    renewals=st.sampled_from([0, 0, 2]),
+    cpu_bound=st.booleans(),
     calm=st.sampled_from([3.0, 10.0, 40.0]),
     seed=st.integers(0, 1 << 32),
 )
-def test_long_random_runs(program: str, window: int, eager: bool, calm: float, seed: int) -> None:
+def test_long_random_runs(
+    program: str, window: int, eager: bool, renewals: int, cpu_bound: bool, calm: float, seed: int
+) -> None:
+    if renewals:
+        program = program.replace("R", "r")  # the model tells what comes again by its value
     scenario = Scenario(
-        program, window, crashes=30, breaks=30, swaps=10, drops=2, late=10, eager=eager
+        program, window, crashes=30, breaks=30, swaps=10, drops=10, late=10, eager=eager,
+        renewals=renewals, cpu_bound=cpu_bound,
     )
     assert walk(scenario, seed, Rules(), calm) > len(program)

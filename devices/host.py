@@ -248,7 +248,8 @@ class Host:
             return
         self._asking = None
         self._trace = next(self._endpoint.ids)  # what timers cause begins a trace
-        self._slot.run_timers()
+        if self._clock.stopped_ns is None:
+            self._slot.run_timers()
         self._handle_frames()
         if control is not None and control.wants_to_know and self._cpu_io in self._endpoint.connections:
             control.connected(self._endpoint.connections[self._cpu_io])

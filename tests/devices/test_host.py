@@ -253,6 +253,20 @@ def test_a_paused_device_has_no_timers_and_takes_no_input(machine: Machine) -> N
     assert time.monotonic_ns() - began >= 20_000_000
 
 
+def test_a_timer_that_is_due_where_the_clock_stands_waits_too(machine: Machine) -> None:
+    """The clock that all go on from may be later than where this device's stood, and its timer be due there."""
+    machine.start("g", clock_stopped_ns=1_000_000)
+    machine.ask("g", Write("regs", 4, 1, 20))
+    saved = machine.ask("g", Save())
+    assert isinstance(saved, SaveReply)
+    machine.start("h", state=saved.state, clock_stopped_ns=30_000_000)
+    for _ in range(3):
+        assert machine.ask("h", Save()) == saved
+    assert machine.ask("h", Continue(30_000_000, time.monotonic_ns())) == ContinueReply()
+    while machine.ask("h", Read("regs", 5, 1)) == ReadReply(0):
+        pass
+
+
 def test_a_device_begins_with_a_saved_state(machine: Machine) -> None:
     """Whom it drives hears of that state, and of nothing before it."""
     machine.start("hub", HUB, cpus=["cpu0"])

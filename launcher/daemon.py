@@ -17,11 +17,12 @@ from launcher.errors import ending
 from launcher.forkserver import redirect_standard, run_and_exit
 from launcher.process_unsafe import die_with_parent, outlive_parent
 
+PATH_MAX = 4096  # [limits.h]
 OnReady = Callable[[Path], None]  # the file that takes what would have gone to the terminal
 
 
-def run_in_background(body: Callable[[OnReady], int]) -> int | None:
-    """Run `body` in a process of its own session; None once it has called what it is given, or its exit
+def run_in_background(body: Callable[[OnReady], int]) -> int | Path:
+    """Run `body` in a process of its own session; what it has called with what it is given, or its exit
     status if it ends before."""
     ours, theirs = socket.socketpair()
     parent = os.getpid()
@@ -32,10 +33,10 @@ def run_in_background(body: Callable[[OnReady], int]) -> int | None:
         ours.close()
         run_and_exit(lambda: _background(body, theirs, parent))
     theirs.close()
-    ready = bool(ours.recv(1))
+    log = ours.recv(PATH_MAX)
     ours.close()
-    if ready:
-        return None
+    if log:
+        return Path(os.fsdecode(log))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code
 
@@ -48,7 +49,7 @@ def _background(body: Callable[[OnReady], int], command: socket.socket, parent: 
         log.unlink(missing_ok=True)  # of an earlier machine of this name
         redirect_standard(log)
         outlive_parent()
-        command.send(b"\1")
+        command.send(os.fsencode(log))
         command.close()
 
     raise SystemExit(ending(lambda: body(on_ready)))

@@ -73,7 +73,13 @@ class ForkServer:
 
     @classmethod
     def start(cls, preload: Preload) -> ForkServer:
-        """Fork it; it imports `preload` while the caller goes on. The caller must have one thread."""
+        """Fork it; it imports `preload` while the caller goes on. The caller must have one thread.
+
+        What is shared by all is imported here before: this process needs it, too.
+        """
+        for module in preload.shared:
+            with contextlib.suppress(Exception):  # the fork server will say so
+                importlib.import_module(module)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
         sys.stdout.flush()

@@ -59,15 +59,12 @@ def restore(options: RestoreOptions, entries: EntryPoints) -> int:
     """Run a restored machine; the exit status."""
     if not options.detach:
         return _run(options, entries, None)
-    status = run_in_background(lambda ready: _run(options, entries, ready))
-    if status is not None:
-        return status
-    from launcher.rundir import runtime_root
-    from launcher.snapshot import Snapshot
-
-    name = options.name or Snapshot(options.file).index.origin.name
+    log = run_in_background(lambda ready: _run(options, entries, ready))
+    if isinstance(log, int):
+        return log
+    name = log.stem
     state = "paused; see `launcher resume" if options.paused else "running; see `launcher ps`, `launcher down"
-    print(f"{name}: {state} {name}`, {runtime_root() / f'{name}.log'}")
+    print(f"{name}: {state} {name}`, {log}")
     return EXIT_OK
 
 

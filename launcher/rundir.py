@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,6 +145,8 @@ def _empty(path: Path) -> None:
         if entry.name == LOCK:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
+            from shutil import rmtree  # takes its time to import, and is seldom needed
+
+            rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)

@@ -26,15 +26,11 @@ def up(options: UpOptions, entries: EntryPoints, facts: Callable[[], HostFacts] 
     """Run a machine; the exit status. `facts`: what is known of the host, None: this host's."""
     if not options.detach:
         return _run(options, entries, facts, None)
-    status = run_in_background(lambda ready: _run(options, entries, facts, ready))
-    if status is not None:
-        return status
-    from launcher.config import read_config
-    from launcher.rundir import runtime_root
-
-    name = read_config(options.file, options.name).machine.name
-    print(f"{name}: running; see `launcher ps`, `launcher console`, `launcher down {name}`, ", end="")
-    print(runtime_root() / f"{name}.log")
+    log = run_in_background(lambda ready: _run(options, entries, facts, ready))
+    if isinstance(log, int):
+        return log
+    name = log.stem
+    print(f"{name}: running; see `launcher ps`, `launcher console`, `launcher down {name}`, {log}")
     return EXIT_OK
 
 

@@ -254,7 +254,7 @@ def test_a_paused_device_has_no_timers_and_takes_no_input(machine: Machine) -> N
 
 
 def test_a_timer_that_is_due_where_the_clock_stands_waits_too(machine: Machine) -> None:
-    """The clock that all go on from may be later than where this device's stood, and its timer be due there."""
+    """The clock that all go on from may be later than where this one stood, and its timer be due there."""
     machine.start("g", clock_stopped_ns=1_000_000)
     machine.ask("g", Write("regs", 4, 1, 20))
     saved = machine.ask("g", Save())

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import msgpack
 
@@ -23,23 +24,18 @@ class GrantRefused(RuntimeError):
 
 
 def attach(run_dir: str | Path, region: str, writable: bool, timeout_s: float = 60.0) -> tuple[int, int]:
-    """Descriptor (the caller's to close) and size of a region; waits for a memory node that is starting."""
+    """Descriptor (the caller's to close) and size of a region; waits for a memory node that is starting, or
+    that ends before it has answered."""
     path = Path(run_dir) / SOCKET_NAME
     deadline = time.monotonic() + timeout_s
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(timeout_s)
-        while True:
-            try:
-                sock.connect(str(path))
-                break
-            except (FileNotFoundError, ConnectionRefusedError) as error:
-                if time.monotonic() >= deadline:
-                    raise GrantRefused(f"no memory node answers at {path}") from error
-                time.sleep(RETRY_S)
+    while True:
         try:
-            sock.send(msgpack.packb({"op": "attach", "region": region, "writable": writable}))
-            record, fds, _, _ = socket.recv_fds(sock, RECORD_MAX, 1)
-            reply = msgpack.unpackb(record)
+            reply, fds = _ask(path, {"op": "attach", "region": region, "writable": writable}, timeout_s)
+            break
+        except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BrokenPipeError) as error:
+            if time.monotonic() >= deadline:
+                raise GrantRefused(f"no memory node answers at {path}") from error
+            time.sleep(RETRY_S)
         except (OSError, ValueError) as error:
             raise GrantRefused(f"memory node: no grant of {region!r}: {error}") from error
     if len(fds) != 1 or "error" in reply:
@@ -47,3 +43,14 @@ def attach(run_dir: str | Path, region: str, writable: bool, timeout_s: float = 
             os.close(fd)
         raise GrantRefused(f"memory node: no grant of {region!r}: {reply.get('error', 'no descriptor')}")
     return fds[0], int(reply["size"])
+
+
+def _ask(path: Path, request: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], list[int]]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+        sock.send(msgpack.packb(request))
+        record, fds, _, _ = socket.recv_fds(sock, RECORD_MAX, 1)
+        if not record:
+            raise ConnectionResetError("it has ended")
+        return msgpack.unpackb(record), fds

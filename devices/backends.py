@@ -1,31 +1,25 @@
 """Where the bytes of a device's channels go to and come from on the host.
 
-console  a UNIX stream socket `<run_dir>/console-<node>.sock`; any number of clients, raw bytes both ways.
-         Output goes to all; a client that attaches first gets the scroll-back. Input of all is merged and
-         is read only as fast as the device takes it.
+console  a UNIX stream socket `<run_dir>/console-<node>.sock`, see devices/consoles.py
 log      output, line by line, as events of kind "log" for the launcher
 null     output vanishes, there is no input
 
-In a machine, consoles and logs are in the process `consoles` (devices/rim.py), and the device's process has a
+In a machine, all of these are in the process `consoles` (devices/rim.py), and the device's process has a
 RingBackEnd in their place.
 Left out: files, host serial ports.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 import select
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from devices.consoles import Clients, Console, listen
 from devices.ring import ChannelRings, wake, woken
 
-SCROLL_BACK = 256 << 10  # bytes
-BEHIND_MAX = 64 << 20  # bytes that wait for a client that does not read; beyond, it is dropped
-INPUT_MAX = 4096  # bytes read ahead of the device
 LOG_LINE_MAX = 400  # bytes without a line end
 
 
@@ -69,28 +63,39 @@ class NullBackEnd:
         pass
 
 
+def log_lines(data: bytes, ended: bool = False) -> tuple[list[str], int]:
+    """Lines of a log, bytes that aren't printable ASCII escaped, and how many bytes they are; the rest is a
+    line that has not ended, unless the log has."""
+    lines, start = [], 0
+    while start < len(data):
+        end = data.find(b"\n", start, start + LOG_LINE_MAX + 1)
+        if end < 0 and len(data) - start <= LOG_LINE_MAX and not ended:
+            break
+        stop = end if end >= 0 else min(len(data), start + LOG_LINE_MAX)
+        if line := data[start:stop].replace(b"\r", b""):
+            lines.append("".join(chr(b) if 0x20 <= b < 0x7F else f"\\x{b:02x}" for b in line))
+        start = stop + (end >= 0)
+    return lines, start
+
+
 class LogBackEnd(NullBackEnd):
-    """Lines of output to `say`; bytes that aren't printable ASCII are escaped."""
+    """Lines of output to `say`."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._line = bytearray()
+        self._rest = b""
 
     def write(self, data: bytes) -> None:
-        for byte in data:
-            if byte == 0x0A or len(self._line) >= LOG_LINE_MAX:
-                self._end_line()
-            if byte not in (0x0A, 0x0D):
-                self._line.append(byte)
+        self._move(self._rest + data, False)
 
     def close(self, deadline_s: float) -> None:
-        self._end_line()
+        self._move(self._rest, True)
 
-    def _end_line(self) -> None:
-        if self._line:
-            text = "".join(chr(b) if 0x20 <= b < 0x7F else f"\\x{b:02x}" for b in self._line)
-            self._line.clear()
-            self._say(text)
+    def _move(self, data: bytes, ended: bool) -> None:
+        lines, size = log_lines(data, ended)
+        self._rest = data[size:]
+        for line in lines:
+            self._say(line)
 
 
 class RingBackEnd(NullBackEnd):
@@ -121,7 +126,8 @@ class RingBackEnd(NullBackEnd):
             rest = self._output.put(rest)
             if rest and not self._output.room():
                 self._wait_for_room()
-        wake(self._wake_rim)
+        if self._output.hurries():
+            wake(self._wake_rim)
 
     def take(self, most: int) -> bytes:
         """What was taken before is committed by now, and its room given back."""
@@ -150,112 +156,35 @@ class RingBackEnd(NullBackEnd):
         wake(self._wake_device)  # for what else it said
 
 
-class _Client:
-    __slots__ = ("closed_input", "outgoing", "sock")
-
-    def __init__(self, sock: socket.socket, scroll_back: bytes) -> None:
-        self.sock = sock
-        self.outgoing = bytearray(scroll_back)
-        self.closed_input = False  # it has shut down its sending side and only watches
-
-
 class ConsoleBackEnd:
-    """See the module's docstring."""
+    """The console of a device that has the sockets in its own process."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._scroll_back = bytearray()
-        self._input = bytearray()
-        self._clients: dict[int, _Client] = {}  # by descriptor
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        self._listener.bind(str(path))
-        path.chmod(0o600)
-        self._listener.listen(16)
-        self._listener.setblocking(False)
+        self._fd = ChannelRings.make("console")
+        self._rings = ChannelRings(self._fd)
+        self._console = Console(self._rings, listen(path), Clients())
 
     def write(self, data: bytes) -> None:
-        self._scroll_back += data
-        if len(self._scroll_back) > 2 * SCROLL_BACK:  # trimmed now and then, not at each byte
-            del self._scroll_back[:-SCROLL_BACK]
-        for client in list(self._clients.values()):
-            client.outgoing += data
-            self._push(client)
+        while data:
+            data = self._rings.output.put(data)
+            self._console.move_out()
 
     def take(self, most: int) -> bytes:
-        data = bytes(self._input[:most])
-        del self._input[:most]
+        data = self._rings.input.peek(most)
+        self._rings.input.head += len(data)
         return data
 
     def read_fds(self) -> list[int]:
-        listener = [self._listener.fileno()]
-        if len(self._input) >= INPUT_MAX:
-            return listener
-        return listener + [fd for fd, client in self._clients.items() if not client.closed_input]
+        return self._console.read_fds()
 
     def write_fds(self) -> list[int]:
-        return [fd for fd, client in self._clients.items() if client.outgoing]
+        return self._console.write_fds()
 
     def ready(self, readable: set[int], writable: set[int]) -> None:
-        for fd in writable & self._clients.keys():
-            self._push(self._clients[fd])
-        for fd in readable & self._clients.keys():
-            self._pull(self._clients[fd])
-        if self._listener.fileno() in readable:
-            self._accept()
+        self._console.ready(readable, writable)
 
     def close(self, deadline_s: float) -> None:
-        self._accept()  # whoever has connected already is attached
-        deadline = time.monotonic() + deadline_s
-        while (waiting := self.write_fds()) and (left := deadline - time.monotonic()) > 0:
-            _, writable, _ = select.select([], waiting, [], left)
-            self.ready(set(), set(writable))
-        for client in list(self._clients.values()):
-            self._drop(client)
-        self._listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            sock.setblocking(False)
-            client = _Client(sock, bytes(self._scroll_back[-SCROLL_BACK:]))
-            self._clients[sock.fileno()] = client
-            self._push(client)
-
-    def _push(self, client: _Client) -> None:
-        try:
-            while client.outgoing:
-                sent = client.sock.send(client.outgoing)
-                del client.outgoing[:sent]
-        except BlockingIOError:
-            if len(client.outgoing) > BEHIND_MAX:
-                self._drop(client)
-        except OSError:  # it has hung up
-            self._drop(client)
-
-    def _pull(self, client: _Client) -> None:
-        try:
-            data = client.sock.recv(INPUT_MAX)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(client)
-            return
-        if data:
-            self._input += data
-        else:
-            client.closed_input = True
-            try:
-                client.sock.send(b"")  # fails if it has closed both ways
-            except OSError:
-                self._drop(client)
-
-    def _drop(self, client: _Client) -> None:
-        self._clients.pop(client.sock.fileno(), None)
-        client.sock.close()
+        while self._console.move_out():
+            pass
+        self._console.close(deadline_s)
+        os.close(self._fd)

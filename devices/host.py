@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 
 from bus.clock import MachineClock
+from bus.control import Control
 from bus.endpoint import LINGER_MS, Received
 from bus.frames import (
     ApicMessage,
@@ -45,7 +46,6 @@ from bus.grants import GrantRefused
 from bus.link import BadRunDir, console_path
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd, RingBackEnd
 from devices.base import StateMismatch
-from devices.control import Control
 from devices.disks import BadDisk, Disks
 from devices.host_config import HostConfig
 from devices.journal import BadJournal, InputKey, Record
@@ -342,7 +342,7 @@ class Host:
     def _back_end(self, prepared: Prepared, kind: str, channel: str) -> BackEnd:
         fds = self._config.fds
         match kind:
-            case "console" | "log" if (rings := prepared.rings.get(channel)) is not None:
+            case "console" | "log" | "null" if (rings := prepared.rings.get(channel)) is not None:
                 positions = self._put_out.get(channel), self._taken_in.get(channel)
                 return RingBackEnd(rings, fds["wake_rim"], fds["wake_device"], *positions)
             case "console":

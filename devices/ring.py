@@ -3,7 +3,7 @@
 They lie in a memfd, which outlives either process. One process puts, one takes. Positions are absolute: bytes
 ever put (`tail`) and ever taken (`head`), so that a process can do its last write again and change nothing.
 Who waits for the other says so in `waiting`, before the system call that wakes the other: that orders the
-two, and no wake-up is lost. Left out: several writers, growing.
+two, and no wake-up is lost. Who takes and is in no hurry says `lazy`. Left out: several writers, growing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,19 @@ import contextlib
 import mmap
 import os
 
+from devices.counted_unsafe import NOTE_SIZE
+from devices.history import History
+
 HEADER = 4096  # bytes before the ring's own; each word in a cache line of its own
 OUTPUT, INPUT = 1 << 20, 64 << 10  # bytes
-PIECES = 4  # at most a ring's fourth is put at once: what lies behind that in `back` is sound
-MAGIC = 0x31474E5252504B42  # "BKPRRNG1"
-_MAGIC, _SIZE, _TAIL, _HEAD, _WAITING = 0, 1, 8, 16, 24  # words of 8 bytes, little endian
+PIECES = 4  # at most a ring's fourth is put at once
+RIM_PAGE = 4096  # bytes of the rim's own, behind the rings
+NOTE = 1024  # where in them the note of the last input lies (devices/counted_unsafe.py)
+MAPPED = 2 * HEADER + OUTPUT + INPUT + RIM_PAGE
+HISTORY = 2 << 20  # where in the file it begins (devices/history.py)
+FILE_SIZE = 1 << 50  # what is never written takes no memory
+MAGIC = 0x32474E5252504B42  # "BKPRRNG2"
+_MAGIC, _SIZE, _TAIL, _HEAD, _WAITING, _LAZY = 0, 1, 8, 16, 24, 32  # words of 8 bytes, little endian
 
 
 class BadRing(RuntimeError):
@@ -62,6 +70,19 @@ class Ring:
     def waiting(self, waits: bool) -> None:
         self._words[_WAITING] = waits
 
+    @property
+    def lazy(self) -> bool:
+        """Who takes need not be woken before half of the ring is used. It alone sets this."""
+        return bool(self._words[_LAZY])
+
+    @lazy.setter
+    def lazy(self, is_lazy: bool) -> None:
+        self._words[_LAZY] = is_lazy
+
+    def hurries(self) -> bool:
+        """Whether who takes is to be woken for what has been put."""
+        return not self._words[_LAZY] or self.used() > self.size // 2
+
     def used(self) -> int:
         """Bytes that are put and not taken."""
         used = self.tail - self.head
@@ -93,13 +114,10 @@ class Ring:
         """Up to `most` bytes from `head` on; they stay."""
         return self._at(self.head, min(most, self.used()))
 
-    def back(self, most: int) -> bytes:
-        """Up to `most` of the bytes before `head` that are still there, though others are being put."""
-        head = self.head
-        start = max(0, head - most, self.tail - self.size)
-        data = self._at(start, max(0, head - start))
-        sound = max(0, self.tail - self.size + self.size // PIECES)
-        return data[max(0, sound - start) :]
+    def area(self) -> memoryview:
+        """Where the next bytes belong, as far as there is room in one piece: for who writes them in place."""
+        at = self.tail % self.size
+        return self._bytes[at : min(self.size, at + self.room())]
 
     def _at(self, position: int, length: int) -> bytes:
         at = position % self.size
@@ -108,21 +126,25 @@ class Ring:
 
 
 class ChannelRings:
-    """Both rings of a channel in one memfd, whose descriptor stays the caller's."""
+    """Both rings of a channel in one memfd, whose descriptor stays the caller's, and what the rim needs
+    besides."""
 
     def __init__(self, fd: int) -> None:
-        length = 2 * HEADER + OUTPUT + INPUT
-        if os.fstat(fd).st_size != length:
+        if os.fstat(fd).st_size != FILE_SIZE:
             raise BadRing("not the rings of a channel: the size is wrong")
-        memory = memoryview(mmap.mmap(fd, length))
-        self.output = Ring(memory[: HEADER + OUTPUT])
-        self.input = Ring(memory[HEADER + OUTPUT :])
+        memory = memoryview(mmap.mmap(fd, MAPPED))
+        at_input, at_page = HEADER + OUTPUT, 2 * HEADER + OUTPUT + INPUT
+        self.output = Ring(memory[:at_input])
+        self.input = Ring(memory[at_input:at_page])
+        page = memory[at_page:]
+        self.history = History(fd, HISTORY, page[:8])
+        self.note = page[NOTE : NOTE + NOTE_SIZE]
 
     @staticmethod
     def make(name: str) -> int:
         """Empty ones: their descriptor."""
         fd = os.memfd_create(f"{name}.rings", os.MFD_CLOEXEC)
-        os.ftruncate(fd, 2 * HEADER + OUTPUT + INPUT)
+        os.ftruncate(fd, FILE_SIZE)
         return fd
 
 

@@ -124,7 +124,8 @@ class Commands:
             if op == "kill":
                 reply: dict[str, Any] = {"pid": self._processes.kill(node)}
             else:
-                reply = self._processes.swap(node, request.get("type"), request.get("settings") or {})
+                settings, folder = request.get("settings") or {}, str(request.get("folder") or "/")
+                reply = self._processes.swap(node, request.get("type"), settings, folder)
         except SwapRefused as e:
             reply = {"error": str(e), "status": e.exit_status}
         self._control.answer(client, reply)

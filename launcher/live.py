@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import tomllib
@@ -58,11 +59,12 @@ def kill(run_dir: Path, device: str) -> int:
 
 def _swap(run_dir: Path, device: str, with_type: str | None, settings: dict[str, Any]) -> str:
     reply = ask(run_dir / CONTROL, "swap", run_dir.name, SWAP_S,
-                device=device, type=with_type, settings=settings)  # fmt: skip
-    pause = reply["pause_ns"]
-    paused = "the guest was not connected" if pause is None else f"a pause of {pause / 1e6:.1f} ms"
-    pids = f"pid {reply['old']} -> {reply['new']}"
-    return f"{run_dir.name}: {device} is {reply['type']} in a new process ({pids}), {paused}"
+                device=device, type=with_type, settings=settings, folder=os.getcwd())  # fmt: skip
+    pause_ns, pids = reply["pause_ns"], f"pid {reply['old']} -> {reply['new']}"
+    took = "the guest was not connected" if pause_ns is None else f"a pause of {pause_ns / 1e6:.1f} ms"
+    if reply["type"] is None:
+        return f"{run_dir.name}: {device} has a new process ({pids}), {took} of its own"
+    return f"{run_dir.name}: {device} is {reply['type']} in a new process ({pids}), {took}"
 
 
 def _has_class(text: str) -> bool:

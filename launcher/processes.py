@@ -1,13 +1,15 @@
-"""The processes of one machine: forked, watched, and those of devices replaced.
+"""The processes of one machine: forked, watched, and all but the CPU's replaced.
 
-A device whose process ends gets a new one, at once or after a wait (launcher/restarts.py), which goes on from
-its journal (devices/journal.py). What the end of any other means is the supervisor's to say.
+A node whose process ends gets a new one, at once or after a wait (launcher/restarts.py): a device's goes on
+from its journal (devices/journal.py), the memory node's with the memory that is held here, that of `consoles`
+with the rings and the sockets that are kept here. What the end of the CPU's means is the supervisor's to say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import time
@@ -21,17 +23,22 @@ from bus.endpoint import Endpoint
 from bus.frames import Attend
 from bus.link import listen
 from devices.journal import Journal as DeviceJournal
+from devices.rim import NODE as RIM
 from launcher import report
 from launcher.affinity import pin
 from launcher.errors import EXIT_DIED
 from launcher.forkserver import Child, ChildSpec, ForkServer
+from launcher.keeping import Kept
 from launcher.launch import Launch
-from launcher.names import CPU
+from launcher.memory import with_memory
+from launcher.names import CPU, MEMORY
 from launcher.restarts import Restarts
-from launcher.rings import with_rings
+from launcher.rings import changed, with_rings
 from launcher.swapping import SwapRefused, swap
+from memory_node import wire
 
 SECOND_NS = 1_000_000_000
+RIM_S = 10.0  # for the rim to close a console whose clients don't read
 LAST_WORDS_S = 0.2  # for what a process sent, and what is said of it, before it ended
 
 
@@ -45,7 +52,7 @@ class Process:
     was_ready: bool = False
     swaps: int = 0
     restarts: Restarts = field(default_factory=Restarts)
-    control: socket.socket | None = None  # a device's, see launcher/swapping.py
+    control: socket.socket | None = None  # of all but the CPU, see launcher/swapping.py
     last_words: str = ""  # why it is about to end, in its own words
     last_frame: str = ""
     last_frame_ns: int = 0
@@ -62,6 +69,8 @@ class Processes:
         clock: Callable[[], dict[str, Any]],
     ) -> None:
         """`clock`: what a node that starts now is told of the machine's time."""
+        memory = with_memory(launch.memory)
+        self._opened = [fd for name, fd in memory.fds.items() if name not in launch.memory.fds]
         *devices, cpu = launch.others
         self._journals = {spec.node: DeviceJournal.make(spec.node) for spec in devices}
         self._listening = {spec.node: listen(launch.run_dir, spec.node) for spec in devices}
@@ -72,7 +81,9 @@ class Processes:
         rim = launch.rim
         if rim is not None:
             rim, devices = with_rings(rim, devices)
-        self.launch = replace(launch, others=(*devices, cpu), rim=rim)  # as it is now, swaps included
+        # as it is now, swaps included
+        self.launch = replace(launch, memory=memory, others=(*devices, cpu), rim=rim)
+        self.kept = Kept()  # for the rim: its sockets
         self.by_node: dict[str, Process] = {}
         self._forkserver, self._endpoint, self._clock = forkserver, endpoint, clock
 
@@ -83,10 +94,10 @@ class Processes:
     def fork(self, spec: ChildSpec) -> None:
         """Start a node's first process."""
         control: socket.socket | None = None
-        if spec.node in self._journals:
-            child, control = self._fork_device(spec)
+        if spec.node == CPU:
+            child = self._forkserver.fork(self._timed(spec))
         else:
-            child = self._forkserver.fork(self._timed(spec) if spec.node == CPU else spec)
+            child, control = self._fork_controlled(spec)
         self.by_node[spec.node] = process = Process(child, spec.log, control=control)
         process.restarts.started(time.monotonic())
         self._endpoint.connect(spec.node)
@@ -107,11 +118,13 @@ class Processes:
 
     def close(self) -> None:
         """When the fork server has ended, and they with it."""
-        for fd in (*self._journals.values(), *self._listening.values()):
+        for fd in (*self._journals.values(), *self._listening.values(), *self._opened):
             os.close(fd)
         for pidfd in self.pidfds():
             report.wait_for_end(pidfd)
             os.close(pidfd)
+        self.hear_rim()
+        self.kept.close()  # now the consoles' clients are hung up on, if they weren't
 
     # ---- deaths and restarts -------------------------------------------------------------------
 
@@ -121,7 +134,7 @@ class Processes:
 
     def restarts(self, node: str) -> bool:
         """Whether another process can go on for one that ends now."""
-        return node in self._journals and self.by_node[node].was_ready
+        return node not in (CPU, MEMORY) and self.by_node[node].was_ready
 
     def bury(self, node: str) -> str:
         """Have one that has ended restarted, see `restart_due`; what to tell of it."""
@@ -130,6 +143,8 @@ class Processes:
         wait_s = process.restarts.ended(time.monotonic())
         process.ready = False
         process.last_words = ""
+        if node == RIM and ended.control is not None:
+            self.kept.drain(ended.control)
         self.restart_due()  # before anything else: the guest waits
         line = self._obituary(node, ended)
         os.close(ended.child.pidfd)
@@ -143,34 +158,53 @@ class Processes:
         return int(min(due) * SECOND_NS) if due else None
 
     def restart_due(self) -> None:
-        """Fork the devices whose time has come."""
+        """Fork the nodes whose time has come."""
         now_s = time.monotonic()
-        for spec in self.launch.others:
+        for spec in self._specs():
             process = self.by_node.get(spec.node)
             if process is not None and process.restarts.due_s is not None and process.restarts.due_s <= now_s:
-                process.child, process.control = self._fork_device(spec)
-                process.restarts.started(now_s)
+                self._restart(spec, process)
+
+    def restart(self, node: str) -> None:
+        """Fork a node's process now, if it has none."""
+        process = self.by_node[node]
+        if process.restarts.due_s is not None:
+            self._restart(next(spec for spec in self._specs() if spec.node == node), process)
+
+    def _restart(self, spec: ChildSpec, process: Process) -> None:
+        if spec.node == RIM:
+            spec = replace(spec, fds={**spec.fds, **self.kept.fds})
+        process.child, process.control = self._fork_controlled(spec)
+        process.restarts.started(time.monotonic())
 
     # ---- asked for by the user -----------------------------------------------------------------
 
     def kill(self, node: str) -> int:
-        """kill -9 of a device's process; its pid. SwapRefused when there is none."""
-        _, process = self._device(node)
+        """kill -9 of a node's process; its pid. SwapRefused when there is none."""
+        _, process = self._replaceable(node)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process.child.pidfd, signal.SIGKILL)
         return process.child.pid
 
-    def swap(self, node: str, with_type: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-        """Replace a device's process; what was done. SwapRefused: the old one goes on."""
-        spec, process = self._device(node)
+    def swap(
+        self, node: str, with_type: str | None, settings: dict[str, Any], folder: str = "/"
+    ) -> dict[str, Any]:
+        """Replace a node's process; what was done. SwapRefused: the old one goes on.
+
+        `folder`: where relative paths of disks begin."""
+        spec, process = self._replaceable(node)
         control, old = process.control, process.child
         assert control is not None
-        _check_disks(spec, settings)
-        with_type = with_type or str(spec.config["type"])
-        settings = {**spec.config["settings"], **settings}
-        new = replace(spec, config={**spec.config, "type": with_type, "settings": settings})
-        tell_cpu = partial(self._endpoint.send, CPU, Attend(node))
-        done = swap(node, old, control, new, self._fork_device, tell_cpu)
+        new = spec
+        if node in self._journals:
+            _check_disks(spec, settings)
+            with_type = with_type or str(spec.config["type"])
+            settings = {**spec.config["settings"], **self._with_paths(node, settings, Path(folder))}
+            new = replace(spec, config={**spec.config, "type": with_type, "settings": settings})
+        elif with_type or settings:
+            raise SwapRefused(f"{node}: it is no device, and has no types and no settings")
+        kept = None if node in self._journals else self.kept if node == RIM else Kept()
+        done = swap(node, old, control, new, self._fork_controlled, partial(self._attend, node), kept)
         process.child, process.control = done.child, done.control
         process.swaps += 1
         process.restarts.started(time.monotonic())
@@ -180,29 +214,86 @@ class Processes:
         control.close()
         others = tuple(new if s.node == node else s for s in self.launch.others)
         self.launch = replace(self.launch, others=others)
+        if node in self._journals:
+            self._tell_rim(node, settings)
         return {"type": with_type, "old": old.pid, "new": done.child.pid, "pause_ns": done.pause_ns,
                 "parts_ns": done.parts_ns}
 
-    def _device(self, node: str) -> tuple[ChildSpec, Process]:
-        spec = next((s for s in self.launch.others if s.node == node and node in self._journals), None)
+    def rim_descriptors(self) -> list[int]:
+        """Readable when `hear_rim` has something to do."""
+        control = self._rim_control()
+        return [] if control is None else [control.fileno()]
+
+    def hear_rim(self) -> list[dict[str, Any]]:
+        """Take what the rim has kept here; what else it says."""
+        control = self._rim_control()
+        return [] if control is None else self.kept.drain(control)
+
+    def _rim_control(self) -> socket.socket | None:
+        process = self.by_node.get(RIM)
+        return None if process is None or process.restarts.due_s is not None else process.control
+
+    def _attend(self, node: str) -> None:
+        """The CPU must look for a device's new process."""
+        if node in self._journals:
+            self._endpoint.send(CPU, Attend(node))
+
+    def _tell_rim(self, node: str, settings: dict[str, Any]) -> None:
+        """A device's channels may have other back ends now. Returns when the rim has done what follows."""
+        if self.launch.rim is None:
+            return
+        rim, rows = changed(self.launch.rim, node, settings)
+        self.launch = replace(self.launch, rim=rim)  # also for a process that is started later
+        control = self._rim_control()
+        if control is None:
+            return
+        for row in rows:
+            with contextlib.suppress(OSError):
+                wire.send_record(control, {"op": "channel", "channel": row})
+            deadline_s = time.monotonic() + RIM_S
+            while not any(record["op"] == "changed" for record in self.hear_rim()):
+                fds = [control.fileno(), self.by_node[RIM].child.pidfd]
+                readable = select.select(fds, [], [], max(0.0, deadline_s - time.monotonic()))[0]
+                if fds[0] not in readable:
+                    return  # it has ended, or something takes its time
+
+    def _replaceable(self, node: str) -> tuple[ChildSpec, Process]:
+        spec = next((s for s in self._specs() if s.node == node and node not in (CPU, MEMORY)), None)
         if spec is None:
-            these = ", ".join(self._journals)
+            these = ", ".join(s.node for s in self._specs() if s.node not in (CPU, MEMORY))
             raise SwapRefused(f"{node!r} is no device of this machine; these are: {these}")
         if not self.by_node[node].ready:
             raise SwapRefused(f"{node}: it has no process at the moment", EXIT_DIED)
         return spec, self.by_node[node]
+
+    def _with_paths(self, node: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Disks' paths made absolute, from a user's folder."""
+        facts = self.launch.facts
+        names = {disk.setting for disk in facts.disks if disk.node == node} if facts is not None else set()
+        return {
+            name: str((folder / Path(value).expanduser()).resolve())
+            if name in names and isinstance(value, str) else value
+            for name, value in settings.items()
+        }  # fmt: skip
 
     # ---- inside --------------------------------------------------------------------------------
 
     def _obituary(self, node: str, process: Process) -> str:
         return report.obituary(node, process, self._forkserver.wait_status(process.child, LAST_WORDS_S))
 
+    def _specs(self) -> tuple[ChildSpec, ...]:
+        """Of all nodes."""
+        rim = () if self.launch.rim is None else (self.launch.rim,)
+        return (self.launch.memory, *rim, *self.launch.others)
+
     def _timed(self, spec: ChildSpec) -> ChildSpec:
         return replace(spec, config={**spec.config, **self._clock()})
 
-    def _fork_device(self, spec: ChildSpec) -> tuple[Child, socket.socket]:
+    def _fork_controlled(self, spec: ChildSpec) -> tuple[Child, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        spec = replace(self._timed(spec), fds={**spec.fds, "control": theirs.fileno()})
+        if spec.node in self._journals:
+            spec = self._timed(spec)
+        spec = replace(spec, fds={**spec.fds, "control": theirs.fileno()})
         try:
             return self._forkserver.fork(spec), ours
         finally:

@@ -122,6 +122,8 @@ class _PumpProcess:
     ) -> None:
         self._sock, self._parent, self._options, self._terminal = sock, parent, options, terminal
         self._console: socket.socket | None = None
+        self._path = Path()  # of its socket
+        self._met = False  # bytes have come from it, or gone there
         self._keys = KeyFilter() if terminal is not None else None
         self._watch = TextWatch(options.until) if options.until else None
         self._to_guest = bytearray()
@@ -186,25 +188,34 @@ class _PumpProcess:
                     self._console = None
 
     def _connect(self, path: Path) -> None:
-        console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._path = path
         try:
-            console.connect(str(path))
+            self._dial()
         except OSError as e:
             self._tell({"op": "failed", "error": f"{path.name}: {e.strerror}"})
             return
-        console.setblocking(False)
         set_title(f"backplane {path.parent.name}: console", "console")
-        self._console = console
         if self._terminal is not None:
             self._say(HOW_TO_LEAVE)
             self._raw = True
             self._terminal.set_raw()
         self._tell({"op": "connected"})
 
+    def _dial(self) -> None:
+        console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            console.connect(str(self._path))
+        except OSError:
+            console.close()
+            raise
+        console.setblocking(False)
+        self._console = console
+
     def _serve_console(self, console: socket.socket, events: int) -> None:
         if events & select.POLLOUT and self._to_guest:
             with contextlib.suppress(OSError):  # an end shows as an empty read below
                 del self._to_guest[: console.send(self._to_guest)]
+                self._met = True
         if events & ~select.POLLOUT:
             try:
                 piece = console.recv(PIECE)
@@ -213,11 +224,16 @@ class _PumpProcess:
             except OSError:
                 piece = b""
             if piece:
+                self._met = True
                 self._show(piece)
-            else:
-                console.close()
-                self._console = None
-                self._tell({"op": "closed"})
+                return
+            console.close()
+            self._console = None
+            if not self._met:  # accepted by a process that has ended right then (devices/consoles.py)?
+                with contextlib.suppress(OSError):
+                    self._dial()
+                    return
+            self._tell({"op": "closed"})
 
     def _show(self, piece: bytes) -> None:
         if self._options.show and not self._output_broken:

@@ -1,22 +1,28 @@
-"""What the process `consoles` is told (devices/rim.py), and the rings between it and the devices.
+"""What the process `consoles` is told (devices/rim.py), and what lies between it and the devices.
 
 The launcher keeps the descriptors, so that a new process gets what the one before it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, get_args
 
 from devices import rim
+from devices.consoles import make_table
+from devices.journal import Journal
 from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.ring import ChannelRings, make_wake
 from launcher.entries import EntryPoints
 from launcher.forkserver import ChildSpec
 
+Row = dict[str, str]  # devices.rim.ChannelConfig
+KINDS = get_args(rim.Kind)
+
 
 def rim_spec(entries: EntryPoints, devices: Sequence[ChildSpec]) -> ChildSpec | None:
-    """None where no device has a console or a log."""
+    """None where no device has a channel."""
     channels = [row for device in devices for row in _channels(device)]
     if not channels:
         return None
@@ -26,19 +32,23 @@ def rim_spec(entries: EntryPoints, devices: Sequence[ChildSpec]) -> ChildSpec | 
     return ChildSpec(rim.NODE, entries.rim, {**config, "channels": channels}, title, log)
 
 
-def _channels(device: ChildSpec) -> list[dict[str, str]]:
+def _channels(device: ChildSpec) -> list[Row]:
     try:
         cls = load_class(device.config["type"])
         settings = make_settings(cls, device.config["settings"])
     except (BadDeviceType, BadSettings):
         return []  # its own process says what is wrong
-    kinds = {channel.sends: getattr(settings, channel.setting) for channel in cls.CHANNELS}
-    return [{"node": device.node, "channel": channel, "kind": kind}
-            for channel, kind in kinds.items() if kind in rim.KINDS]  # fmt: skip
+    rows = []
+    for channel in cls.CHANNELS:
+        kind = getattr(settings, channel.setting)
+        if kind in KINDS:  # else so does it
+            node = {"node": device.node, "channel": channel.sends, "setting": channel.setting}
+            rows.append({**node, "kind": kind})
+    return rows
 
 
 def with_rings(spec: ChildSpec, devices: Sequence[ChildSpec]) -> tuple[ChildSpec, list[ChildSpec]]:
-    """The rim and the devices with new rings and eventfds."""
+    """The rim and the devices with new rings and eventfds, and the rim with what it must not forget."""
     wake_rim = make_wake()
     wakes: dict[str, int] = {}
     rings: dict[str, dict[str, int]] = {}  # by node, by channel
@@ -46,9 +56,10 @@ def with_rings(spec: ChildSpec, devices: Sequence[ChildSpec]) -> tuple[ChildSpec
         node, channel = row["node"], row["channel"]
         wakes.setdefault(node, make_wake())
         rings.setdefault(node, {})[channel] = ChannelRings.make(f"{node}.{channel}")
-    own = {f"wake:{node}": fd for node, fd in wakes.items()}
+    own = {"journal": Journal.make(rim.NODE), "clients": make_table(), "wake_rim": wake_rim}
+    own |= {f"wake:{node}": fd for node, fd in wakes.items()}
     own |= {f"ring:{node}:{channel}": fd for node, rows in rings.items() for channel, fd in rows.items()}
-    return replace(spec, fds={**spec.fds, "wake_rim": wake_rim, **own}), [
+    return replace(spec, fds={**spec.fds, **own}), [
         device
         if device.node not in wakes
         else replace(device, fds={
@@ -57,3 +68,17 @@ def with_rings(spec: ChildSpec, devices: Sequence[ChildSpec]) -> tuple[ChildSpec
         })
         for device in devices
     ]  # fmt: skip
+
+
+def changed(spec: ChildSpec, node: str, settings: Mapping[str, Any]) -> tuple[ChildSpec, list[Row]]:
+    """The rim as a device's new settings want it, and the rows that are others than before.
+
+    What a setting that isn't given stands for is known to the device's class; it is taken to be as it was.
+    """
+    rows, new = [], []
+    for row in spec.config["channels"]:
+        kind = settings.get(row["setting"], row["kind"]) if row["node"] == node else row["kind"]
+        rows.append({**row, "kind": kind})
+        if kind != row["kind"]:
+            new.append(rows[-1])
+    return replace(spec, config={**spec.config, "channels": rows}), new

@@ -20,7 +20,6 @@ from launcher.facts import MachineDisk
 from launcher.names import CPU
 from launcher.pausing import Ask, NotQuiet, Pausing
 from launcher.snapshot import DiskUse, Index, NodeRecord, Origin, Writer
-from memory_node.client import MemoryClient, MemoryRefused
 from memory_node.snapshot import Damaged
 
 if TYPE_CHECKING:
@@ -72,9 +71,9 @@ class Snapshots:
         try:
             self._pausing.pause(CPU, devices)
             states = {node: self._state(node) for node in (*devices, CPU)}
-            with MemoryClient(self._launch().run_dir) as client_of_memory:
-                work.memory, size = client_of_memory.attach("ram", False)
-        except (NotQuiet, MemoryRefused, RuntimeError) as e:
+            work.memory = os.dup(self._launch().memory.fds["ram"])
+            size = os.fstat(work.memory).st_size
+        except (NotQuiet, RuntimeError) as e:
             self._go_on(work, devices)
             self._answer(client, {"error": f"no snapshot: {e}"})
             return

@@ -1,8 +1,8 @@
 """One machine's life: start its processes, watch them, answer for them, end them.
 
 All waiting happens in one place (`_turn`), on the bus, the processes' pidfds, signals, the console
-process and the control socket; whatever ends the machine raises MachineEnd there. A device whose process
-ends gets a new one (launcher/processes.py); the end of any other process, or of one that was never ready,
+process and the control socket; whatever ends the machine raises MachineEnd there. A node whose process
+ends gets a new one (launcher/processes.py); the end of the CPU's process, or of one that was never ready,
 ends the machine. Nothing can survive: see the chain of life in launcher/forkserver.py.
 """
 
@@ -23,18 +23,19 @@ from launcher.errors import EXIT_DIED, EXIT_INPUT, EXIT_OK, EXIT_OUTPUT, EXIT_RE
 from launcher.forkserver import ForkServer
 from launcher.journal import Journal
 from launcher.launch import Launch, MachineEnd
+from launcher.memory import load_images
 from launcher.names import CPU, MEMORY
 from launcher.pausing import NotQuiet, Pausing
-from launcher.processes import LAST_WORDS_S, SECOND_NS, Processes
+from launcher.processes import LAST_WORDS_S, SECOND_NS, Process, Processes
 from launcher.pump import Pump
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
-from memory_node.client import MemoryClient, MemoryRefused
 
 LAUNCHER = "launcher"
 START_S = 60.0  # for all processes to say "ready"; a busy host is slow, not broken
 CONSOLE_S = 2.0  # for the console of a machine that ended while it started
 POLITE_S = 20.0  # for a process to end after Shutdown, on a busy host perhaps in the middle of its start
+DELIVERIES = 3  # processes of `consoles` that may end in it
 ANSWER_NS = 5 * SECOND_NS
 RESET_KINDS = ("reset", "triple-fault")
 LIFE_KINDS = ("ready", "poweroff", *RESET_KINDS)  # not for the journal
@@ -119,12 +120,7 @@ class Supervisor:
             self._pump.connect(path)
 
     def _load_images(self) -> None:
-        try:
-            with MemoryClient(self._launch.run_dir) as memory:
-                memory.put("ram", self._launch.images)
-        except MemoryRefused as e:
-            self._turn(SECOND_NS)  # if it died, its pidfd says so
-            raise MachineEnd(EXIT_DIED, str(e)) from e
+        load_images(self._launch.memory, self._launch.images)
 
     def _wait_for(
         self, condition: Callable[[], bool], timeout_s: float, failure: str | Callable[[], str]
@@ -146,6 +142,8 @@ class Supervisor:
         if self._pump is not None:
             fds += [self._pump.sock.fileno(), self._pump.pidfd]
         fds += self._commands.descriptors()
+        of_rim = self._processes.rim_descriptors()
+        fds += of_rim
         readable, _ = self._endpoint.wait(self._wait_ns(timeout_ns), fds)
         for received in self._endpoint.receive():
             self._take_frame(received)
@@ -157,6 +155,8 @@ class Supervisor:
             self._bury_forkserver()
         if self._forkserver.sock.fileno() in readable:
             self._forkserver.read_reports()
+        if readable.intersection(of_rim):
+            self._processes.hear_rim()
         for fd in readable & pidfds.keys():
             self._bury(pidfds[fd])
         self._processes.restart_due()
@@ -306,7 +306,39 @@ class Supervisor:
             self._await_console(self._pump)
         self._shut_down([CPU])
         self._shut_down([node for node in self._processes.by_node if node not in (CPU, RIM)])
-        self._shut_down([RIM])  # when all has been said
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """When all has been said, it is to be shown, by whatever process of `consoles`."""
+        for _ in range(DELIVERIES):
+            process = self._processes.by_node.get(RIM)
+            if process is None or not process.was_ready or self._forkserver_died():
+                return
+            self._processes.restart(RIM)
+            if not self._await_rim(process):
+                return
+            if process.ready and not self._shut_down([RIM]):
+                return
+            status = self._forkserver.wait_status(process.child, LAST_WORDS_S)
+            if status == 0 or self._forkserver_died():
+                return
+            self._journal.tell(self._processes.bury(RIM))
+
+    def _await_rim(self, process: Process) -> bool:
+        """Until it is ready, or has ended; False: neither, or somebody has become impatient."""
+        deadline_ns = time.monotonic_ns() + int(POLITE_S * SECOND_NS)
+        fds = [process.child.pidfd, self._signals.descriptor]
+        while not process.ready:
+            left_ns = deadline_ns - time.monotonic_ns()
+            readable, _ = self._endpoint.wait(max(0, left_ns), fds)
+            for received in self._endpoint.receive():
+                if received.peer == RIM and isinstance(received.frame, Event):
+                    process.ready |= received.frame.kind == "ready"
+            if process.child.pidfd in readable:
+                return True
+            if readable or left_ns <= 0:
+                return False
+        return True
 
     def _await_console(self, pump: Pump) -> None:
         deadline_ns = time.monotonic_ns() + int(CONSOLE_S * SECOND_NS)
@@ -321,7 +353,8 @@ class Supervisor:
                 except MachineEnd:
                     return
 
-    def _shut_down(self, nodes: list[str]) -> None:
+    def _shut_down(self, nodes: list[str]) -> bool:
+        """Have those that hear it end; whether all have, and nobody interrupted it."""
         by_node = self._processes.by_node
         processes = [by_node[n] for n in nodes if n in by_node]
         alive = {p.child.pidfd: p.child.node for p in processes if p.ready}  # others would not hear it
@@ -334,11 +367,12 @@ class Supervisor:
                 if isinstance(received.frame, Event) and received.frame.kind not in LIFE_KINDS:
                     self._journal.event(_whose(received.peer, received.frame), received.frame)
             if self._signals.descriptor in ended and self._signals.take() is not None:
-                return  # once more Ctrl-C: no politeness
+                return False  # once more Ctrl-C: no politeness
             for fd in ended & alive.keys():
                 del alive[fd]
         for node in alive.values():
             self._journal.tell(f"{node} has not ended in {POLITE_S:g} s, and is killed")
+        return not alive
 
     def _destroy(self) -> None:
         """Whatever state things are in: no process, no terminal in raw mode, no open socket afterwards."""

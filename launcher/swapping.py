@@ -1,6 +1,6 @@
-"""A device's process replaced by another while the guest runs: the protocol between launcher and processes.
+"""A process replaced by another while the guest runs: the protocol between launcher and processes.
 
-Each process of a device has a control socket (memory_node/wire.py). The new one is started beside the old:
+Each process but the CPU's has a control socket (memory_node/wire.py). The new one is started beside the old:
 
   new -> {"op": "standing-by"}             its class is loaded, the state fits; else {"op": "refused", error}
   old <- {"op": "retire", number} + a pipe it ends its step and lets its sockets and disks go:
@@ -9,6 +9,13 @@ Each process of a device has a control socket (memory_node/wire.py). The new one
   new -> {"op": "live", began_ns, ns}      else {"op": "refused", error}
   new -> {"op": "connected", ns}           the CPU's connection has been answered
   old <- {"op": "end"}                     or {"op": "resume"}, when the new one is not live and has ended
+
+The memory node and `consoles` have no CPU connected, and say "connected" at once. They have no pipe:
+descriptors that a process has had the launcher keep (launcher/keeping.py) go along with take-over and resume.
+
+  any  -> {"op": "keep", name} + fd        at any time; the last one of a name counts
+  any  -> {"op": "let-go", name}
+  new  <- {"op": "take-over", fds} + fds   when the old one has retired
 
 Whatever goes wrong before `live`, the old process goes on. docs/live-swap.md has the pictures.
 """
@@ -27,6 +34,7 @@ from typing import Any
 
 from launcher.errors import EXIT_DIED, EXIT_INPUT
 from launcher.forkserver import Child, ChildSpec
+from launcher.keeping import Kept
 from memory_node import wire
 
 STANDBY_S, RETIRE_S, LIVE_S, CONNECTED_S = 20.0, 10.0, 10.0, 2.0
@@ -59,17 +67,21 @@ def swap(
     spec: ChildSpec,
     fork: ForkDevice,
     on_live: Callable[[], object],
+    kept: Kept | None = None,
 ) -> Swapped:
     """Replace the process; SwapRefused. Blocks its caller, not the machine.
 
-    `on_live`: the CPU is to be told that it must look for a new process.
+    `on_live`: the CPU is to be told that it must look for a new process. `kept`: what is kept for a node that
+    is no device.
     """
     end, beginning = os.pipe()
     try:
-        config, fds = {**spec.config, "standby": True}, {**spec.fds, "baton": end}
+        config, fds = {**spec.config, "standby": True}, dict(spec.fds)
+        if kept is None:
+            fds["baton"] = end
         child, control = fork(replace(spec, config=config, fds=fds))
         try:
-            return _swap(node, old, old_control, child, control, beginning, on_live)
+            return _swap(node, old, old_control, child, control, beginning, on_live, kept)
         except SwapRefused:
             os.close(child.pidfd)
             control.close()
@@ -87,26 +99,31 @@ def _swap(
     control: socket.socket,
     baton: int,
     on_live: Callable[[], object],
+    kept: Kept | None,
 ) -> Swapped:
     try:
-        _expect(node, "standing-by", control, child, STANDBY_S)
+        _expect(node, "standing-by", control, child, STANDBY_S, kept)
     except SwapRefused:
         _end(child)
         raise
     number = time.monotonic_ns()
-    _send(old_control, "retire", (baton,), number=number)
-    retired = _answer(old_control, old, RETIRE_S, "retired", number)
+    _send(old_control, "retire", (baton,) if kept is None else (), number=number)
+    retired = _answer(old_control, old, RETIRE_S, kept, "retired", number)
     try:
         if retired is None:
             why = f"its process (pid {old.pid}) has ended, or not ended its step in {RETIRE_S:g} s"
             raise SwapRefused(f"{node}: {why}", EXIT_DIED)
-        live = _expect(node, "live", control, child, LIVE_S)
+        if kept is not None:
+            _give(control, "take-over", kept)
+        live = _expect(node, "live", control, child, LIVE_S, kept)
     except SwapRefused:
         _end(child)  # before the old one goes on: it may be about to take over
-        _send(old_control, "resume")
+        if kept is not None:
+            kept.drain(control)
+        _give(old_control, "resume", kept)
         raise
     on_live()
-    connected = _answer(control, child, CONNECTED_S, "connected")
+    connected = _answer(control, child, CONNECTED_S, kept, "connected")
     _send(old_control, "end")
     times = {
         "the old one lets go": (retired["ns"], retired["left_ns"]),
@@ -121,9 +138,9 @@ def _swap(
 
 
 def _expect(
-    node: str, op: str, control: socket.socket, child: Child, timeout_s: float
+    node: str, op: str, control: socket.socket, child: Child, timeout_s: float, kept: Kept | None
 ) -> dict[str, Any]:
-    answer = _answer(control, child, timeout_s)
+    answer = _answer(control, child, timeout_s, kept)
     if answer is None:
         ended = f"ended, or took longer than {timeout_s:g} s"
         raise SwapRefused(f"{node}: the new process (pid {child.pid}) {ended}")
@@ -137,10 +154,21 @@ def _send(control: socket.socket, op: str, fds: Sequence[int] = (), **fields: An
         wire.send_record(control, {"op": op, **fields}, fds)
 
 
+def _give(control: socket.socket, op: str, kept: Kept | None) -> None:
+    fds = {} if kept is None else kept.fds
+    with contextlib.suppress(OSError):
+        wire.send_record(control, {"op": op, "fds": list(fds)}, tuple(fds.values()))
+
+
 def _answer(
-    control: socket.socket, child: Child, timeout_s: float, op: str = "", number: int | None = None
+    control: socket.socket,
+    child: Child,
+    timeout_s: float,
+    kept: Kept | None,
+    op: str = "",
+    number: int | None = None,
 ) -> dict[str, Any] | None:
-    """The next record; None when the process has ended, or the time is over.
+    """The next record that isn't for `kept`; None when the process has ended, or the time is over.
 
     `op`, `number`: the next of those. What an earlier swap left is passed over: taken for this one's
     "retired" it would make two processes write one journal.
@@ -156,6 +184,8 @@ def _answer(
             if received is None:
                 return None
             record: dict[str, Any] = received[0]
+            if kept is not None and kept.take(*received):
+                continue
             if op in ("", record["op"]) and record.get("number") == number:
                 return record
         elif readable:

@@ -1,7 +1,8 @@
 """What other processes use of the memory node: descriptors of its regions, loading, dumps, marks.
 
 One blocking request and reply at a time, over `<run_dir>/memory.sock`; any thread may own a client,
-but only one. Every refusal raises MemoryRefused with the node's reason.
+but only one. Every refusal raises MemoryRefused with the node's reason. When the node's process ends, the
+client waits for its successor and asks again; all but `dump` bear that.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 
 from memory_node import wire
 from memory_node.regions import Region
+from memory_node.store import BadAccess, write_pieces
 
 SOCKET_NAME = "memory.sock"
 CONNECT_S = 60.0  # how long to wait for a memory node that is starting
 REPLY_S = 60.0  # a dump of 3 GiB to a slow disk
+TRIES = 3  # of a request; perhaps it is what ends the node
+NOT_AGAIN = ("dump",)  # its file would be there already
 
 
 class MemoryRefused(RuntimeError):
@@ -30,7 +34,8 @@ class MemoryClient:
     """A connection to one machine's memory node."""
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._sock = _connect(Path(run_dir) / SOCKET_NAME)
+        self._path = Path(run_dir) / SOCKET_NAME
+        self._sock = _connect(self._path)
 
     def __enter__(self) -> MemoryClient:
         return self
@@ -68,13 +73,9 @@ class MemoryClient:
         """Write (offset, data) pairs through a descriptor of the region: for much data at once."""
         fd, size = self.attach(region, True)
         try:
-            for offset, data in pieces:
-                if offset < 0 or offset + len(data) > size:
-                    raise MemoryRefused(f"{region}: {offset:#x}+{len(data):#x} is beyond its {size:#x} bytes")
-                view = memoryview(data)
-                while view:
-                    done = os.pwrite(fd, view, offset)
-                    view, offset = view[done:], offset + done
+            write_pieces(fd, size, pieces)
+        except BadAccess as e:
+            raise MemoryRefused(f"{region}: {e}") from e
         finally:
             os.close(fd)
 
@@ -114,17 +115,24 @@ class MemoryClient:
         return reply
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        try:
-            wire.send_record(self._sock, request)
-            answer = wire.receive_record(self._sock)
-        except (OSError, wire.BadRecord) as e:
-            raise MemoryRefused(f"memory node: {request['op']}: {e}") from e
-        if answer is None:
-            raise MemoryRefused(f"memory node: {request['op']}: it is gone")
-        reply, fds = answer
-        if "error" in reply:
-            raise MemoryRefused(f"memory node: {request['op']}: {reply['error']}")
-        return reply, fds
+        for tries_left in reversed(range(TRIES)):
+            try:
+                wire.send_record(self._sock, request)
+                answer = wire.receive_record(self._sock)
+            except (BrokenPipeError, ConnectionResetError):
+                answer = None
+            except (OSError, wire.BadRecord) as e:
+                raise MemoryRefused(f"memory node: {request['op']}: {e}") from e
+            if answer is not None:
+                reply, fds = answer
+                if "error" in reply:
+                    raise MemoryRefused(f"memory node: {request['op']}: {reply['error']}")
+                return reply, fds
+            if request["op"] in NOT_AGAIN or not tries_left:
+                break
+            self._sock.close()
+            self._sock = _connect(self._path)
+        raise MemoryRefused(f"memory node: {request['op']}: it has ended meanwhile")
 
 
 def attach(run_dir: str | Path, region: str, writable: bool) -> tuple[int, int]:

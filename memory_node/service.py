@@ -25,9 +25,8 @@ Reply = dict[str, Any]
 class MemoryService:
     """Requests against one store. `grants` collects descriptors to send along with the next reply."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.marks = Marks(store)
+    def __init__(self, store: Store, marks: Marks) -> None:
+        self.store, self.marks = store, marks
         self.counters: Counter[str] = Counter()
         self._grants: list[int] = []
         self._operations: dict[str, tuple[Callable[..., Reply], dict[str, type]]] = {
@@ -125,6 +124,7 @@ class GrantSocket:
     def __init__(self, path: Path, service: MemoryService) -> None:
         self._service = service
         self._path = path
+        path.unlink(missing_ok=True)  # a killed process of this node has left it
         self._listener = wire.listen(path)
         self._clients: dict[int, socket.socket] = {}
 

@@ -3,6 +3,7 @@
 A region is a memfd (sealed against a change of size, so that no holder of a descriptor can take pages
 away under the others), or a file the user named. Access here goes through pread/pwrite, never through
 a mapping: the first touch of a mapped page costs ten times a page's copy (DESIGN section 2).
+In a machine the launcher opens them and keeps them open, so that they outlive the memory node's process.
 Left out: huge pages, NUMA placement.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from memory_node.regions import PAGE, Kind, Region, check_regions
@@ -24,17 +25,28 @@ class BadAccess(ValueError):
     """A request beyond a region, or for one that is not there."""
 
 
+def write_pieces(fd: int, size: int, pieces: Iterable[tuple[int, bytes]]) -> None:
+    """Write (offset, data) pairs into a region's file of so many bytes."""
+    for offset, data in pieces:
+        if offset < 0 or offset + len(data) > size:
+            raise BadAccess(f"{offset:#x}+{len(data):#x} is beyond its {size:#x} bytes")
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(fd, view, offset)
+            view, offset = view[done:], offset + done
+
+
 class Store:
-    """Opens every region's file; owns the descriptors."""
+    """Has every region's file, and opens those that it is not given; owns the descriptors."""
 
     def __init__(self, machine: str, regions: list[Region], given: Mapping[str, int] | None = None) -> None:
-        """`given`: descriptors of memfds that are there already, by region; they are the store's then."""
+        """`given`: descriptors of what is there already, by region; they are the store's then."""
         check_regions(regions)
         given = given or {}
         self.regions = regions
         self._by_name = {r.name: r for r in regions}
         self._fds = {
-            r.name: given[r.name] if r.name in given else _open(machine, r)
+            r.name: given[r.name] if r.name in given else open_region(machine, r)
             for r in regions
             if r.kind is not Kind.RESERVED
         }
@@ -72,10 +84,7 @@ class Store:
     def write(self, name: str, offset: int, data: bytes) -> None:
         fd = self.fd(name)
         self._check_range(name, offset, len(data))
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(fd, view, offset)
-            view, offset = view[done:], offset + done
+        write_pieces(fd, self.region(name).size, [(offset, data)])
 
     def load_file(self, name: str, offset: int, path: Path) -> int:
         """Copy a whole file to `offset`; its size."""
@@ -133,7 +142,8 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, at
 
 
-def _open(machine: str, region: Region) -> int:
+def open_region(machine: str, region: Region) -> int:
+    """A region's file, all zeros: its descriptor. BadAccess, OSError where it can't be had."""
     return _open_file(region) if region.file else open_memfd(f"{machine}-{region.name}", region.size)
 
 

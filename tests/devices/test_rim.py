@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from bus.endpoint import RequestRefused
 from bus.frames import (
+    Event,
     Ping,
     Pong,
     Read,
@@ -29,9 +31,12 @@ from bus.frames import (
     StringOutReply,
 )
 from bus.link import console_path
-from devices.backends import SCROLL_BACK, RingBackEnd
+from devices.backends import RingBackEnd
+from devices.consoles import SCROLL_BACK, SLOTS, make_table
 from devices.journal import Journal
 from devices.ring import INPUT, OUTPUT, ChannelRings, make_wake
+from launcher.keeping import Kept
+from memory_node import wire
 from tests.devices.test_host import GADGET, ROOT, START, Machine, attach_console, read_all
 
 TEXT = bytes(range(256)) * 512
@@ -43,23 +48,29 @@ class Rimmed(Machine):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
         self.journal, self.ring = Journal.make("g"), ChannelRings.make("g.out")
+        self.own_journal, self.table = Journal.make("consoles"), make_table()
         self.wake_rim, self.wake_device = make_wake(), make_wake()
         self.rings = ChannelRings(self.ring)
+        self.kept = Kept()
+        self.controls: list[socket.socket] = []  # of all processes of the rim
 
-    def start_rim(self, kind: str, again: bool = False) -> None:
-        fds = {"ring:g:out": self.ring, "wake:g": self.wake_device, "wake_rim": self.wake_rim}
+    def start_rim(self, kind: str) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if self.controls:
+            self.kept.drain(self.controls[-1])
+        self.controls.append(ours)
+        fds = {"ring:g:out": self.ring, "wake:g": self.wake_device, "wake_rim": self.wake_rim,
+               "journal": self.own_journal, "clients": self.table, "control": theirs.fileno(),
+               **self.kept.fds}  # fmt: skip
         channels = [{"node": "g", "channel": "out", "kind": kind}]
-        if not again:
-            self._run("consoles", "devices.rim", {"channels": channels, "fds": fds})
-            return
-        self._fork("consoles", "devices.rim", {"channels": channels, "fds": fds})
-        path = console_path(self.run_dir, "g")
-        while True:  # to the bus it is a stranger, as it has no journal
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-                if client.connect_ex(str(path)) == 0:
-                    return
-            self.launcher.wait(1_000_000)
-            self.seen += self.launcher.receive()
+        self._run("consoles", "devices.rim", {"channels": channels, "fds": fds})
+        theirs.close()
+
+    def change(self, kind: str) -> None:
+        channel = {"node": "g", "channel": "out", "kind": kind}
+        wire.send_record(self.controls[-1], {"op": "channel", "channel": channel})
+        while not any(r["op"] == "changed" for r in self.kept.drain(self.controls[-1])):
+            select.select([self.controls[-1]], [], [])
 
     def start_device(self, kind: str = "console") -> None:
         fds = {"journal": self.journal, "ring:out": self.ring,
@@ -94,8 +105,12 @@ class Rimmed(Machine):
 
     def close(self) -> None:
         super().close()
-        for fd in (self.journal, self.ring, self.wake_rim, self.wake_device):
+        own = (self.journal, self.ring, self.own_journal, self.table, self.wake_rim, self.wake_device)
+        for fd in own:
             os.close(fd)
+        for control in self.controls:
+            control.close()
+        self.kept.close()
 
     def _fork(self, node: str, module: str, config: dict[str, Any]) -> None:
         whole = {"node": node, "run_dir": str(self.run_dir), "machine": "m", **config}
@@ -223,19 +238,95 @@ def test_the_end_delivers_all_that_is_in_the_rings(machine: Rimmed) -> None:
     assert not (machine.run_dir / "consoles.ipc").exists()
 
 
-def test_a_new_rim_goes_on_and_still_has_the_scroll_back(machine: Rimmed) -> None:
+def test_a_killed_rim_leaves_its_clients_connected(machine: Rimmed) -> None:
     machine.start_rim("console")
     machine.start_device()
-    with attach_console(machine, "g") as client:
+    with attach_console(machine, "g") as client, attach_console(machine, "g") as watcher:
+        watcher.shutdown(socket.SHUT_WR)
         machine.say(b"before ")
-        assert receive(client, 7) == b"before "
+        assert receive(client, 7) == receive(watcher, 7) == b"before "
+        client.sendall(b"ab")
+        assert machine.heard(2) == b"ab"
         machine.kill("consoles")
-        assert read_all(client) == b""
-    machine.say(b"meanwhile ")
-    machine.start_rim("console", again=True)
+        machine.say(b"meanwhile ")
+        client.sendall(b"cd")
+        with attach_console(machine, "g") as late:  # the socket is there all the time
+            machine.start_rim("console")
+            machine.say(b"after")
+            assert receive(client, 15) == receive(watcher, 15) == b"meanwhile after"
+            assert receive(late, 22) == b"before meanwhile after"
+            late.sendall(b"ef")
+            assert sorted(machine.heard(4)) == list(b"cdef")
+        machine.end()
+        assert read_all(client) == read_all(watcher) == b""
+    machine.kept.drain(machine.controls[-1])
+    assert sorted(machine.kept.fds) == ["listener:g:out"]  # whose file is gone
+
+
+def test_log_lines_come_once_whatever_is_killed(machine: Rimmed) -> None:
+    machine.start_rim("log")
+    machine.start_device("log")
+    rng, said = random.Random(7), 0
+    for number in range(30):
+        text = b"".join(b"line %d\n" % n for n in range(said, said + rng.randrange(40)))
+        said += text.count(b"\n")
+        machine.say(text + b"li")
+        if number % 2:
+            machine.kill("consoles")
+            machine.start_rim("log")
+        machine.say(b"ne %d\n" % said)
+        said += 1
+    machine.end()
+    lines = [machine.event("consoles", "log").text for _ in range(said)]
+    assert lines == [f"line {n}" for n in range(said)]
+    assert not [r for r in machine.seen if isinstance(r.frame, Event) and r.frame.kind == "log"]
+
+
+def test_a_channel_is_given_another_back_end(machine: Rimmed) -> None:
+    machine.start_rim("null")
+    machine.start_device("null")
+    machine.say(TEXT * 20)  # more than a ring holds
+    path = console_path(machine.run_dir, "g")
+    assert not path.exists()
+    machine.change("console")
+    machine.say(b"now ")
     with attach_console(machine, "g") as client:
-        machine.say(b"after")
-        assert receive(client, 22) == b"before meanwhile after"
+        machine.say(b"there")
+        assert receive(client, 9) == b"now there"
+        machine.kill("consoles")
+        machine.start_rim("console")
+        machine.change("log")
+        assert read_all(client) == b""
+    assert not path.exists()
+    machine.say(b"a line\nand")
+    assert machine.event("consoles", "log").text == "a line"
+    machine.change("console")
+    assert machine.event("consoles", "log").text == "and"
+    with attach_console(machine, "g") as client:
+        machine.say(b"again")
+        assert receive(client, 5) == b"again"
+        machine.change("null")
+        assert read_all(client) == b""
+    machine.say(b"unheard")
+    machine.end()
+
+
+def test_more_clients_than_are_kept(machine: Rimmed) -> None:
+    machine.start_rim("console")
+    machine.start_device()
+    machine.say(b"all")
+    clients = []
+    for _ in range(SLOTS + 1):
+        clients.append(attach_console(machine, "g"))
+        assert receive(clients[-1], 3) == b"all"
+    machine.kill("consoles")
+    machine.start_rim("console")
+    machine.say(b"most")
+    got = [receive(client, 4) for client in clients]
+    assert sorted(got) == [b""] + [b"most"] * SLOTS
+    for client in clients:
+        client.close()
+    machine.end()
 
 
 def test_log_lines_are_the_devices(machine: Rimmed) -> None:

@@ -71,18 +71,30 @@ def test_bytes_count_only_when_the_tail_is_set() -> None:
     assert r.peek(10) == b"whole"
 
 
-def test_what_was_taken_is_there_until_it_may_be_written_over() -> None:
+def test_bytes_written_in_place_count_when_the_tail_is_set() -> None:
     r = ring()
-    put_all(r, bytes(range(40)))
-    r.head = 30
-    assert r.back(10) == bytes(range(20, 30))
-    assert r.back(1000) == bytes(range(30))
-    put_all(r, bytes(range(40, 80)))
-    r.head = 80
-    sound = 80 - SIZE + SIZE // PIECES  # a fourth may be in the middle of being written
-    assert r.back(1000) == bytes(range(sound, 80))
-    r.write_at(80, b"z" * (SIZE // PIECES))
-    assert r.back(1000) == bytes(range(sound, 80))
+    put_all(r, bytes(50))
+    r.head = 40
+    area = r.area()
+    assert len(area) == SIZE - 50  # up to the end of the memory
+    area[:3] = b"abc"
+    assert r.peek(99) == bytes(10)
+    r.tail += 3
+    assert r.peek(99) == bytes(10) + b"abc"
+    r.tail += SIZE - 53
+    assert len(r.area()) == r.room() == 40
+    r.tail += 40
+    assert len(r.area()) == 0
+
+
+def test_who_is_lazy_is_woken_when_half_is_used() -> None:
+    r = ring()
+    assert r.hurries()
+    r.lazy = True
+    put_all(r, bytes(SIZE // 2))
+    assert not r.hurries()
+    put_all(r, b"x")
+    assert r.hurries()
 
 
 @given(st.integers(0, 1 << 30), st.sampled_from([4, 8, 36, 64]))
@@ -107,8 +119,11 @@ def test_as_a_plain_bytearray(seed: int, size: int) -> None:
                 taken += len(data)
                 r.head = taken
             case _:
-                back = r.back(rng.randrange(2 * size))
-                assert back == said[taken - len(back) : taken]
+                area = r.area()
+                data = rng.randbytes(rng.randrange(len(area) + 1))
+                area[: len(data)] = data
+                r.tail += len(data)
+                said += data
         assert (r.head, r.tail, r.used() + r.room()) == (taken, len(said), size)
     assert r.peek(size) == said[taken:]
 

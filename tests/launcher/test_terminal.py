@@ -55,7 +55,7 @@ def test_the_power_off_restores_it_after_all_output(
     assert_nothing_left(runtime)
 
 
-@pytest.mark.parametrize("part", ["launcher", "console", "consoles", "cpu0", "forkserver"])
+@pytest.mark.parametrize("part", ["launcher", "console", "cpu0", "forkserver"])
 def test_kill_9_restores_it_and_shows_what_was_said(
     part: str, machine_file: Path, runtime: Path, launcher: Start
 ) -> None:

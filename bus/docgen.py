@@ -50,8 +50,9 @@ RULES = f"""\
   on where a node without a journal begins anew (docs/live-swap.md). The sender retains a frame until it is
   acknowledged. A number seen before is a duplicate, one that is too high follows a gap:
   both are counted and dropped, and a gap is answered by Resume. A DEALER's first message of each connection
-  is empty; the ROUTER's side answers with Resume and with what it retains, before which an Ack says its
-  `first` number. An Ack is also sent when {stream.ACK_EVERY} frames came with nothing sent back.
+  is empty; the ROUTER's side answers with Resume, which says the `first` number that it retains, and with all
+  it retains; Resume is answered likewise, with an Ack. An Ack is also sent when {stream.ACK_EVERY} frames
+  came with nothing sent back.
 - An answer carries the `trace` and `span` of its request. A frame caused by another carries its `trace` and a
   `span` of its own. The writes of a PostedBatch are the spans `span`, `span + 1`, ..., those that a Read
   carries `span + 1`, `span + 2`, ...

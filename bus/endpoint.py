@@ -294,8 +294,7 @@ class Endpoint:
             stream = self._asked[identity] = Stream(self.counters, self.now_ns, self._base)
         if parts == [b""]:  # it has connected
             self.connections[identity.decode(NAMES)] = self.now_ns()
-            self._to_router(identity, stream.resume())
-            for data in stream.repeat():
+            for data in stream.connected():
                 self._to_router(identity, data)
             return None
         try:

@@ -258,7 +258,10 @@ class Ack(Frame, frozen=True):
 
 
 class Resume(Frame, frozen=True):
-    """Send again what you retain from `ack` + 1 on: the answer to a connection, and to a gap."""
+    """Send again what you retain from `ack` + 1 on: the answer to a gap; and, with a `first` as in Ack, to a
+    connection."""
+
+    first: int = 0
 
 
 class Attend(Frame, frozen=True):

@@ -9,8 +9,9 @@ invariants, tests/bus/test_protocol.py explores them.
 - Who receives takes the next number only. A lower one is a duplicate. A higher one is a gap: dropped, and
   answered by Resume. Ack and Resume have number 0: they are in no stream, and repeating them harms nothing.
 - When the two are connected (anew), the bound side says Resume, and repeats what it retains; Resume makes
-  the other side repeat what it retains. A repetition begins with an Ack that says which frame is its `first`:
-  so it is noticed if the next ones are lacking, and who is new knows where to begin.
+  the other side repeat what it retains. Before a repetition comes an Ack (at a connection that Resume), which
+  says which frame is its `first`: so it is noticed if the next ones are lacking, and who is new knows where
+  to begin.
 - A node without a journal that begins anew under its name numbers its frames from a `base` on that is above
   all that its predecessor sent. With the first repetition, each side goes on where the other one begins.
 - No more than WINDOW frames are under way; what comes after them waits among the retained.
@@ -90,8 +91,13 @@ class Stream:
     def repeat(self) -> Iterator[bytes]:
         """What is retained, from the oldest on, as far as the window goes; to be sent (again). Before it an
         Ack: earlier ones may be lost, and the other side's window be shut for good."""
-        self._told = self.seen
-        yield encode(Ack(self._acked + 1), 0, self.seen, 0, 0, self._now_ns())
+        yield self._position(Ack(self._acked + 1))
+        self._under_way = 0
+        yield from self.take_waiting()
+
+    def connected(self) -> Iterator[bytes]:
+        """What the bound side says on a new connection: as repeat(), but Resume instead of Ack."""
+        yield self._position(Resume(self._acked + 1))
         self._under_way = 0
         yield from self.take_waiting()
 
@@ -107,15 +113,18 @@ class Stream:
 
     def resume(self) -> bytes:
         """Resume, encoded: say where the other side's frames are expected from."""
-        self._told = self.seen
-        return encode(Resume(), 0, self.seen, 0, 0, self._now_ns())
+        return self._position(Resume())
 
     def acknowledgement(self) -> bytes | None:
         """An Ack, encoded, if one is due: ACK_EVERY frames came with nothing sent back."""
         if self.seen - self._told < ACK_EVERY:
             return None
+        return self._position(Ack())
+
+    def _position(self, frame: Ack | Resume) -> bytes:
+        """Encoded: its header says up to where the other side's frames are taken."""
         self._told = self.seen
-        return encode(Ack(), 0, self.seen, 0, 0, self._now_ns())
+        return encode(frame, 0, self.seen, 0, 0, self._now_ns())
 
     # --- receiving
 
@@ -139,7 +148,7 @@ class Stream:
         self._acknowledged(header.ack)
         if header.seq == 0:
             counters.frames_in -= 1  # of the protocol's own
-            if type(frame) is Ack and frame.first:
+            if isinstance(frame, Ack | Resume) and frame.first:
                 self._repetition_from(frame.first)
             if type(frame) is not Resume:
                 return None

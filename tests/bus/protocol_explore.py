@@ -147,7 +147,7 @@ SCENARIOS = {
     "window of one": Scenario("dddd", window=1, ack_every=1, crashes=1, breaks=1, breaking=(1,)),
     "lost frames": Scenario("ddr", drops=10, breaks=1),
     "begins anew": Scenario("dr", window=2, renewals=1, crashes=1, crashing=("dev",)),
-    "begins anew, bound": Scenario("rp", window=2, renewals=1, late=1, cpu_bound=True),
+    "begins anew, bound": Scenario("rd", window=2, renewals=1, late=1, cpu_bound=True),
 }
 # What `make model` goes through besides.
 LARGER = {

@@ -128,10 +128,11 @@ class Node:
         """As Endpoint._from_router and _from_dealer: the payload of the frame, if it is the next one."""
         stream, faults = self.streams[link], self.rules.faults
         if data == PROBE:
+            resume, *frames = stream.connected()
             if "no Resume at a connection" not in faults:
-                self.put(link, stream.resume())
+                self.put(link, resume)
             if "bound side does not repeat" not in faults:
-                self.put(link, *stream.repeat())
+                self.put(link, *frames)
             return None
         decoded = stream.decode(data)
         self.put(link, *stream.take_waiting())

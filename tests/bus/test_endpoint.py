@@ -17,7 +17,6 @@ from bus.endpoint import Endpoint, NoReply, Received, RequestRefused
 from bus.frames import (
     KIND_OF,
     PROTOCOL_VERSION,
-    Ack,
     Event,
     Frame,
     Line,
@@ -191,7 +190,6 @@ def test_what_is_no_frame_is_refused_and_counted_and_the_endpoint_lives(
     try:
         raw.setsockopt(zmq.RCVTIMEO, 20_000)
         assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Resume]
-        assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Ack]
         raw.send_multipart(parts)
         assert msgpack.unpackb(raw.recv())[1] == KIND_OF[Refused]
         with Endpoint(run_dir, "a") as a:

@@ -381,6 +381,9 @@ def run(config: dict[str, Any]) -> None:
             if parsed.standby and control is not None and not told:
                 control.live()  # once: not when it resumes because a later one has failed
                 told = True
+            elif control is not None and not parsed.standby:
+                control.wants_to_know = not told
+                told = True
             status = host.run()
             if status == RETIRED:
                 assert control is not None

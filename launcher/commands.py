@@ -167,4 +167,5 @@ class Commands:
                 row["state"] = "paused"
             if request.everything:
                 row["counters"] = request.counters.get(node, {})
+                row["replaced"] = list(process.replaced)
             yield row

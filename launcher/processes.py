@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +40,7 @@ from memory_node import wire
 
 SECOND_NS = 1_000_000_000
 RIM_S = 10.0  # for the rim to close a console whose clients don't read
+REPLACED = 64  # how many are remembered
 LAST_WORDS_S = 0.2  # for what a process sent, and what is said of it, before it ended
 
 
@@ -53,6 +55,8 @@ class Process:
     swaps: int = 0
     restarts: Restarts = field(default_factory=Restarts)
     control: socket.socket | None = None  # of all but the CPU, see launcher/swapping.py
+    replaces: list[int] = field(default_factory=list)  # pids of its device that ended; the CPU isn't back yet
+    replaced: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=REPLACED))  # and when
     last_words: str = ""  # why it is about to end, in its own words
     last_frame: str = ""
     last_frame_ns: int = 0
@@ -140,6 +144,9 @@ class Processes:
         """Have one that has ended restarted, see `restart_due`; what to tell of it."""
         process = self.by_node[node]
         ended = replace(process)
+        self.hear(node)
+        if node in self._journals:
+            process.replaces.append(process.child.pid)
         wait_s = process.restarts.ended(time.monotonic())
         process.ready = False
         process.last_words = ""
@@ -151,6 +158,29 @@ class Processes:
         if ended.control is not None:
             ended.control.close()
         return f"{line}; it is restarted {f'in {wait_s:.1f} s' if wait_s else 'at once'}"
+
+    def waiting(self) -> dict[int, str]:
+        """Sockets of new processes, and the nodes; `hear` has to be called when one is readable."""
+        return {
+            p.control.fileno(): node
+            for node, p in self.by_node.items()
+            if p.replaces and p.control is not None and p.restarts.due_s is None
+        }
+
+    def hear(self, node: str) -> None:
+        """What a new process says of itself: the CPU is connected to it."""
+        process = self.by_node[node]
+        control = process.control
+        while process.replaces and control is not None and select.select([control], [], [], 0)[0]:
+            try:
+                received = wire.receive_record(control)
+            except (OSError, wire.BadRecord):
+                return
+            if received is None:  # it has ended, and its pidfd says so
+                return
+            if received[0]["op"] == "connected":
+                process.replaced.extend((pid, received[0]["ns"]) for pid in process.replaces)
+                process.replaces.clear()
 
     def next_due_ns(self) -> int | None:
         """When `restart_due` has something to do, on CLOCK_MONOTONIC."""
@@ -195,6 +225,7 @@ class Processes:
         spec, process = self._replaceable(node)
         control, old = process.control, process.child
         assert control is not None
+        self.hear(node)
         new = spec
         if node in self._journals:
             _check_disks(spec, settings)

@@ -137,8 +137,9 @@ class Supervisor:
 
     def _turn(self, timeout_ns: int | None) -> None:
         """Wait for the next thing to happen, or for the time to pass, and act on it."""
-        pidfds = self._processes.pidfds()
+        pidfds, waiting = self._processes.pidfds(), self._processes.waiting()
         fds = [self._signals.descriptor, self._forkserver.pidfd, self._forkserver.sock.fileno(), *pidfds]
+        fds += waiting
         if self._pump is not None:
             fds += [self._pump.sock.fileno(), self._pump.pidfd]
         fds += self._commands.descriptors()
@@ -157,6 +158,8 @@ class Supervisor:
             self._forkserver.read_reports()
         if readable.intersection(of_rim):
             self._processes.hear_rim()
+        for fd in readable & waiting.keys():
+            self._processes.hear(waiting[fd])
         for fd in readable & pidfds.keys():
             self._bury(pidfds[fd])
         self._processes.restart_due()

@@ -22,6 +22,7 @@ from launcher.pausing import Ask, NotQuiet, Pausing
 from launcher.processes import Processes
 from launcher.pump import Pump
 from launcher.swapping import SwapRefused
+from launcher.swaps import Swaps
 
 if TYPE_CHECKING:
     from launcher.snapshotting import Snapshots
@@ -57,15 +58,18 @@ class Commands:
         self._processes, self._pausing, self._endpoint, self._ask = processes, pausing, endpoint, ask
         self._forkserver, self._pump = forkserver, pump
         self._ps_requests: list[_PsRequest] = []
+        self._swaps = Swaps(processes)
         self._snapshots: Snapshots | None = None  # made when the first is asked for
 
     def descriptors(self) -> list[int]:
         written = self._snapshots.descriptors() if self._snapshots is not None else []
-        return [*self._control.descriptors(), *written]
+        return [*self._control.descriptors(), *self._swaps.descriptors(), *written]
 
     def deadline_ns(self) -> int | None:
         """When somebody is answered who waits for others' answers, on CLOCK_MONOTONIC."""
-        return min((r.deadline_ns for r in self._ps_requests), default=None)
+        swaps_ns = self._swaps.deadline_ns()
+        deadlines = [r.deadline_ns for r in self._ps_requests]
+        return min([*deadlines, *([] if swaps_ns is None else [swaps_ns])], default=None)
 
     def turn(self, readable: set[int]) -> None:
         """Do what was asked for and answer what can be answered. MachineEnd for `down`."""
@@ -74,6 +78,7 @@ class Commands:
                 self._obey(client, request)
         if self._snapshots is not None and readable.intersection(self._snapshots.descriptors()):
             self._snapshots.finish(self._processes.devices)
+        self._swaps.turn()
         self._answer_ps()
 
     def take(self, node: str, reply: StatsReply) -> None:
@@ -83,6 +88,7 @@ class Commands:
             request.missing.discard(node)
 
     def close(self) -> None:
+        self._swaps.close()
         if self._snapshots is not None:
             self._snapshots.close()
         self._control.close()
@@ -122,13 +128,13 @@ class Commands:
         node = str(request.get("device"))
         try:
             if op == "kill":
-                reply: dict[str, Any] = {"pid": self._processes.kill(node)}
+                self._control.answer(client, {"pid": self._processes.kill(node)})
             else:
                 settings, folder = request.get("settings") or {}, str(request.get("folder") or "/")
-                reply = self._processes.swap(node, request.get("type"), settings, folder)
+                answer = self._control.answer_later(client)
+                self._swaps.begin(node, request.get("type"), settings, folder, answer)
         except SwapRefused as e:
-            reply = {"error": str(e), "status": e.exit_status}
-        self._control.answer(client, reply)
+            self._control.answer(client, {"error": str(e), "status": e.exit_status})
 
     def _snapshot(self, client: int, request: dict[str, Any]) -> None:
         if self._snapshots is None:
@@ -140,6 +146,8 @@ class Commands:
             )
         if self._snapshots.busy:
             self._control.answer(client, {"error": "a snapshot is being written already"})
+        elif self._swaps.busy:
+            self._control.answer(client, {"error": "a swap is under way"})
         else:
             self._snapshots.begin(client, request, self._processes.devices)
 

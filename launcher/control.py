@@ -14,7 +14,7 @@ import contextlib
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,16 @@ class ControlServer:
             with contextlib.suppress(OSError):
                 wire.send_record(self._clients[client], reply)
             self._drop(client)
+
+    def answer_later(self, client: int) -> Callable[[dict[str, Any]], None]:
+        """`answer` for one who may be gone by then, and another be there under the same number."""
+        sock = self._clients.get(client)
+
+        def answer(reply: dict[str, Any]) -> None:
+            if self._clients.get(client) is sock:
+                self.answer(client, reply)
+
+        return answer
 
     def close(self) -> None:
         self._listener.close()

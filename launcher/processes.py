@@ -35,7 +35,7 @@ from launcher.memory import with_memory
 from launcher.names import CPU, MEMORY
 from launcher.restarts import Restarts
 from launcher.rings import changed, with_rings
-from launcher.swapping import SwapRefused, swap
+from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
 from memory_node import wire
 
 SECOND_NS = 1_000_000_000
@@ -216,16 +216,13 @@ class Processes:
             signal.pidfd_send_signal(process.child.pidfd, signal.SIGKILL)
         return process.child.pid
 
-    def swap(
+    def stand_by(
         self, node: str, with_type: str | None, settings: dict[str, Any], folder: str = "/"
-    ) -> dict[str, Any]:
-        """Replace a node's process; what was done. SwapRefused: the old one goes on.
+    ) -> tuple[Standby, ChildSpec]:
+        """Start a process that shall replace the node's, see `replace`; SwapRefused.
 
         `folder`: where relative paths of disks begin."""
-        spec, process = self._replaceable(node)
-        control, old = process.control, process.child
-        assert control is not None
-        self.hear(node)
+        spec, _ = self._replaceable(node)
         new = spec
         if node in self._journals:
             _check_disks(spec, settings)
@@ -235,7 +232,21 @@ class Processes:
         elif with_type or settings:
             raise SwapRefused(f"{node}: it is no device, and has no types and no settings")
         kept = None if node in self._journals else self.kept if node == RIM else Kept()
-        done = swap(node, old, control, new, self._fork_controlled, partial(self._attend, node), kept)
+        return Standby(node, new, self._fork_controlled, kept), new
+
+    def replace(self, standby: Standby, new: ChildSpec) -> Swapped:
+        """Have it take over. SwapRefused: the old one goes on. When the CPU is connected `hear` finds out."""
+        node = standby.node
+        try:
+            _, process = self._replaceable(node)
+        except SwapRefused:
+            standby.close()
+            raise
+        control, old = process.control, process.child
+        assert control is not None
+        self.hear(node)
+        device = node in self._journals
+        done = standby.take_over(old, control, partial(self._attend, node), 0 if device else CONNECTED_S)
         process.child, process.control = done.child, done.control
         process.swaps += 1
         process.restarts.started(time.monotonic())
@@ -245,10 +256,10 @@ class Processes:
         control.close()
         others = tuple(new if s.node == node else s for s in self.launch.others)
         self.launch = replace(self.launch, others=others)
-        if node in self._journals:
-            self._tell_rim(node, settings)
-        return {"type": with_type, "old": old.pid, "new": done.child.pid, "pause_ns": done.pause_ns,
-                "parts_ns": done.parts_ns}
+        if device:
+            process.replaces.append(old.pid)
+            self._tell_rim(node, new.config["settings"])
+        return done
 
     def rim_descriptors(self) -> list[int]:
         """Readable when `hear_rim` has something to do."""

@@ -52,12 +52,104 @@ class SwapRefused(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """A swap that was done."""
+    """A swap that was done. Times on CLOCK_MONOTONIC in ns."""
 
     child: Child
     control: socket.socket
-    pause_ns: int | None  # from the end of the old one's last step until the CPU was connected to the new one
+    retired_ns: int  # the old one's last step had ended
+    live_ns: int
+    pause_ns: int | None  # until the CPU was connected to the new one
     parts_ns: dict[str, int]  # of the pause, in their order
+
+    def connected(self, at_ns: int) -> Swapped:
+        """When the CPU has been."""
+        parts = {**self.parts_ns, "the CPU connects": at_ns - self.live_ns}
+        return replace(self, pause_ns=at_ns - self.retired_ns, parts_ns=parts)
+
+
+class Standby:
+    """A new process beside the old one. It gets ready in its own time: nobody need wait for that."""
+
+    def __init__(self, node: str, spec: ChildSpec, fork: ForkDevice, kept: Kept | None = None) -> None:
+        """`kept`: what is kept for a node that is no device."""
+        self.node, self._kept = node, kept
+        self._deadline_s = time.monotonic() + STANDBY_S
+        end, self._beginning = os.pipe()
+        try:
+            config, fds = {**spec.config, "standby": True}, dict(spec.fds)
+            if kept is None:
+                fds["baton"] = end
+            self.child, self.control = fork(replace(spec, config=config, fds=fds))
+        except BaseException:
+            os.close(self._beginning)
+            raise
+        finally:
+            os.close(end)
+
+    def descriptors(self) -> list[int]:
+        """`stands_by` has something to say when one is readable, and at `deadline_ns`."""
+        return [self.control.fileno(), self.child.pidfd]
+
+    def deadline_ns(self) -> int:
+        return int(self._deadline_s * 1e9)
+
+    def stands_by(self, wait: bool = False) -> bool:
+        """Whether it can take over by now. SwapRefused when it never will; it has ended then."""
+        left_s = max(0.0, self._deadline_s - time.monotonic())
+        if not select.select(self.descriptors(), [], [], left_s if wait else 0)[0] and left_s > 0:
+            return False
+        try:
+            _expect(self.node, "standing-by", self.control, self.child, left_s, self._kept)
+        except SwapRefused:
+            self.close()
+            raise
+        return True
+
+    def take_over(
+        self, old: Child, old_control: socket.socket, on_live: Callable[[], object], connected_s: float
+    ) -> Swapped:
+        """From the old process; SwapRefused: that goes on, and this one has ended. Some milliseconds.
+
+        `on_live`: the CPU is to be told that it must look for a new process. `connected_s`: how long to wait
+        until it is connected. It may not come before others go on that are to be started meanwhile.
+        """
+        child, control, kept = self.child, self.control, self._kept
+        number = time.monotonic_ns()
+        _send(old_control, "retire", (self._beginning,) if kept is None else (), number=number)
+        retired = _answer(old_control, old, RETIRE_S, kept, "retired", number)
+        try:
+            if retired is None:
+                why = f"its process (pid {old.pid}) has ended, or not ended its step in {RETIRE_S:g} s"
+                raise SwapRefused(f"{self.node}: {why}", EXIT_DIED)
+            if kept is not None:
+                _give(control, "take-over", kept)
+            live = _expect(self.node, "live", control, child, LIVE_S, kept)
+        except SwapRefused:
+            _end(child)  # before the old one goes on: it may be about to take over
+            if kept is not None:
+                kept.drain(control)
+            _give(old_control, "resume", kept)
+            self.close()
+            raise
+        on_live()
+        connected = _answer(control, child, connected_s, kept, "connected") if connected_s else None
+        _send(old_control, "end")
+        os.close(self._beginning)
+        times = {
+            "the old one lets go": (retired["ns"], retired["left_ns"]),
+            "the new one hears of it": (retired["left_ns"], live["began_ns"]),
+            "takes over": (live["began_ns"], live["ns"]),
+        }
+        parts = {name: end - begin for name, (begin, end) in times.items()}
+        done = Swapped(child, control, retired["ns"], live["ns"], None, parts)
+        return done if connected is None else done.connected(connected["ns"])
+
+    def close(self) -> None:
+        """End it."""
+        _end(self.child)
+        os.close(self.child.pidfd)
+        self.control.close()
+        os.close(self._beginning)
 
 
 def swap(
@@ -69,72 +161,10 @@ def swap(
     on_live: Callable[[], object],
     kept: Kept | None = None,
 ) -> Swapped:
-    """Replace the process; SwapRefused. Blocks its caller, not the machine.
-
-    `on_live`: the CPU is to be told that it must look for a new process. `kept`: what is kept for a node that
-    is no device.
-    """
-    end, beginning = os.pipe()
-    try:
-        config, fds = {**spec.config, "standby": True}, dict(spec.fds)
-        if kept is None:
-            fds["baton"] = end
-        child, control = fork(replace(spec, config=config, fds=fds))
-        try:
-            return _swap(node, old, old_control, child, control, beginning, on_live, kept)
-        except SwapRefused:
-            os.close(child.pidfd)
-            control.close()
-            raise
-    finally:
-        os.close(end)
-        os.close(beginning)
-
-
-def _swap(
-    node: str,
-    old: Child,
-    old_control: socket.socket,
-    child: Child,
-    control: socket.socket,
-    baton: int,
-    on_live: Callable[[], object],
-    kept: Kept | None,
-) -> Swapped:
-    try:
-        _expect(node, "standing-by", control, child, STANDBY_S, kept)
-    except SwapRefused:
-        _end(child)
-        raise
-    number = time.monotonic_ns()
-    _send(old_control, "retire", (baton,) if kept is None else (), number=number)
-    retired = _answer(old_control, old, RETIRE_S, kept, "retired", number)
-    try:
-        if retired is None:
-            why = f"its process (pid {old.pid}) has ended, or not ended its step in {RETIRE_S:g} s"
-            raise SwapRefused(f"{node}: {why}", EXIT_DIED)
-        if kept is not None:
-            _give(control, "take-over", kept)
-        live = _expect(node, "live", control, child, LIVE_S, kept)
-    except SwapRefused:
-        _end(child)  # before the old one goes on: it may be about to take over
-        if kept is not None:
-            kept.drain(control)
-        _give(old_control, "resume", kept)
-        raise
-    on_live()
-    connected = _answer(control, child, CONNECTED_S, kept, "connected")
-    _send(old_control, "end")
-    times = {
-        "the old one lets go": (retired["ns"], retired["left_ns"]),
-        "the new one hears of it": (retired["left_ns"], live["began_ns"]),
-        "takes over": (live["began_ns"], live["ns"]),
-    }
-    pause_ns = None
-    if connected is not None:
-        times["the CPU connects"] = live["ns"], connected["ns"]
-        pause_ns = connected["ns"] - retired["ns"]
-    return Swapped(child, control, pause_ns, {name: end - begin for name, (begin, end) in times.items()})
+    """Replace the process; SwapRefused. Blocks its caller, not the machine. See Standby."""
+    standby = Standby(node, spec, fork, kept)
+    standby.stands_by(wait=True)
+    return standby.take_over(old, old_control, on_live, CONNECTED_S)
 
 
 def _expect(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import re
 import signal
@@ -15,7 +17,7 @@ import pytest
 from launcher.errors import EXIT_INPUT
 from tests.machine.drive import LEAVE, ROOT, Screen, command, environment
 from tests.machine.files import asm_machine
-from tests.machine.processes import titles
+from tests.machine.processes import descendants, titles
 from tests.machine.test_kills import said, written
 
 pytestmark = pytest.mark.machine
@@ -136,6 +138,48 @@ def test_a_swap_that_cannot_work_leaves_the_old_process(
     assert "not key=value" in refused(runtime, "swap", "m", "pit", "--set", "colour")
     assert titles("m") == before
     goes_on(numbers)
+
+
+def test_nothing_waits_for_a_new_process_that_takes_its_time(
+    numbers: Screen, runtime: Path, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go_on"
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        "from devices.pit8254 import Pit8254\n"
+        f"while not os.path.exists({str(go_on)!r}):\n"
+        "    time.sleep(0.01)\n"
+    )
+    old = titles("m")
+    with subprocess.Popen(
+        [sys.executable, "-m", "launcher.main", "swap", "m", "pit", "--with", f"{tmp_path}/slow.py:Pit8254"],
+        env=environment(runtime), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    ) as slow:  # fmt: skip
+        while sum(title.startswith("backplane m: pit") for title in all_titles()) < 2:
+            numbers.watch(0.01)
+        assert "another swap of it is under way" in command("swap", "m", "pit", runtime=runtime, check=False)
+        assert "a swap is under way" in command(
+            "snapshot", "m", tmp_path / "snap", runtime=runtime, check=False
+        )
+        command("kill", "m", "pic", runtime=runtime)
+        while titles("m").get("pic") in (None, old["pic"]):
+            numbers.watch(0.01)
+        assert "kbd is " in command("swap", "m", "kbd", runtime=runtime)
+        goes_on(numbers)
+        assert slow.poll() is None
+        go_on.touch()
+        assert slow.stdout is not None
+        assert f"slow.py:Pit8254 in a new process (pid {old['pit']} -> " in slow.stdout.read()
+    goes_on(numbers)
+
+
+def all_titles() -> list[str]:
+    """Of all processes below this one."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0"))
+    return found
 
 
 def test_kill_by_command(numbers: Screen, runtime: Path) -> None:

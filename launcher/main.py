@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from launcher.errors import EXIT_MEANINGS, EXIT_OK, ConfigError, ending
+from launcher.errors import EXIT_MEANINGS, EXIT_OK, EXIT_OUTPUT, ConfigError, ending
 from launcher.options import DEFAULT_LEVEL, LEVELS
 from launcher.signals import die_quietly
 
@@ -385,5 +385,16 @@ def _version() -> int:
     return EXIT_OK
 
 
+def run() -> NoReturn:
+    """The command `launcher`. It ends at once: what an interpreter does in the end only takes time."""
+    status = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        status = status or EXIT_OUTPUT
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,9 +1,9 @@
 """`launcher restore`: a machine from a snapshot file.
 
-A start is mostly imports, in this process and in the fork server, each on a core; the memory is unpacked in
-threads meanwhile. So nothing is imported here that a restored machine doesn't need: no plan is made, the file
-says what each process is to be told. Disks that the guest writes to get an overlay in the run directory, so
-that one snapshot serves many machines.
+A start is mostly imports, in this process and in the fork server, each on a core; the memory is unpacked by
+another process meanwhile (unpacking.py). So nothing is imported here that a restored machine doesn't need: no
+plan is made, the file says what each process is to be told. Disks that the guest writes to get an overlay in
+the run directory, so that one snapshot serves many machines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from launcher.entries import EntryPoints
 from launcher.errors import EXIT_OK, ConfigError
 from launcher.forkserver import ChildSpec, ForkServer
 from launcher.pump import Pump, PumpOptions
+from launcher.unpacking import Unpacking
 
 if TYPE_CHECKING:
     from launcher.affinity import CoreLoad
@@ -70,6 +70,8 @@ def restore(options: RestoreOptions, entries: EntryPoints) -> int:
 
 def _run(options: RestoreOptions, entries: EntryPoints, ready: OnReady | None) -> int:
     with contextlib.ExitStack() as cleanup:
+        unpacking = Unpacking(options.file)
+        cleanup.callback(unpacking.close)
         forkserver = ForkServer.start(entries.preload())
         cleanup.callback(forkserver.stop)
         pump = None
@@ -83,39 +85,8 @@ def _run(options: RestoreOptions, entries: EntryPoints, ready: OnReady | None) -
 
         tsc, load = TscClock(), CoreLoad()
         snapshot = Snapshot(options.file)
-        memory = _Memory(snapshot)
-        cleanup.callback(memory.close)
-        return _run_machine(options, entries, forkserver, pump, tsc, load, memory, ready)
-
-
-class _Memory:
-    """The memory of the machine, being filled by a thread."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        from memory_node.store import open_memfd
-
-        self.snapshot = snapshot
-        self.fd = open_memfd("restored-ram", snapshot.index.memory_size)
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._fill, name="restore")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until it is complete. Raises BadSnapshot, OSError."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        self._thread.join()
-        os.close(self.fd)
-        self.snapshot.close()
-
-    def _fill(self) -> None:
-        try:
-            self.snapshot.fill(self.fd)
-        except Exception as e:
-            self._error = e
+        cleanup.callback(snapshot.close)
+        return _run_machine(options, entries, forkserver, pump, tsc, load, snapshot, unpacking, ready)
 
 
 def _run_machine(
@@ -125,7 +96,8 @@ def _run_machine(
     pump: Pump | None,
     tsc: TscClock,
     load: CoreLoad,
-    memory: _Memory,
+    snapshot: Snapshot,
+    unpacking: Unpacking,
     ready: OnReady | None,
 ) -> int:
     from launcher.affinity import dialogue_cores
@@ -138,7 +110,7 @@ def _run_machine(
     from launcher.snapshot import SnapshotImages
     from launcher.supervisor import Supervisor
 
-    index = memory.snapshot.index
+    index = snapshot.index
     name = options.name if options.name is not None else index.origin.name
     _check_name(name)
     if options.until is not None and index.console is None:
@@ -147,19 +119,20 @@ def _run_machine(
     run_dir = RunDir.create(name, max((f"console-{n.node}.sock" for n in index.nodes), key=len))
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(run_dir.remove)
-        disks = [_disk(options.file, use, run_dir.path, memory.snapshot) for use in index.disks]
+        disks = [_disk(options.file, use, run_dir.path, snapshot) for use in index.disks]
         _check_tsc(options.file, index, tsc.frequency_hz())
         cores = dialogue_cores(index.host_cpu, load)
         shared = {"run_dir": str(run_dir.path), "machine": name, "log_level": options.log_level}
-        specs = [_spec(record, entries, shared, cores, disks, memory.fd) for record in index.nodes]
-        restored = Restored(index.clock_ns, options.paused, memory.wait)
+        memory = unpacking.memory()
+        specs = [_spec(record, entries, shared, cores, disks, memory) for record in index.nodes]
+        restored = Restored(index.clock_ns, options.paused, unpacking.wait)
         launch = Launch(
             machine=name,
             run_dir=run_dir.path,
             memory=specs[0],
             others=tuple(specs[1:]),
-            rim=rim_spec(entries, specs[1:-1]),
-            images=SnapshotImages(memory.snapshot),
+            rim=rim_spec(entries, specs[1:-1], index.channels),
+            images=SnapshotImages(snapshot),
             start=index.start,
             console=run_dir.path / f"console-{index.console}.sock" if index.console else None,
             stop_on_reset=index.stop_on_reset,

@@ -12,7 +12,6 @@ from typing import Any, get_args
 from devices import rim
 from devices.consoles import make_table
 from devices.journal import Journal
-from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
 from devices.ring import ChannelRings, make_wake
 from launcher.entries import EntryPoints
 from launcher.forkserver import ChildSpec
@@ -21,9 +20,12 @@ Row = dict[str, str]  # devices.rim.ChannelConfig
 KINDS = get_args(rim.Kind)
 
 
-def rim_spec(entries: EntryPoints, devices: Sequence[ChildSpec]) -> ChildSpec | None:
-    """None where no device has a channel."""
-    channels = [row for device in devices for row in _channels(device)]
+def rim_spec(
+    entries: EntryPoints, devices: Sequence[ChildSpec], channels: list[Row] | None = None
+) -> ChildSpec | None:
+    """None where no device has a channel. `channels`: if they are known; else the devices' classes say."""
+    if channels is None:
+        channels = [row for device in devices for row in _channels(device)]
     if not channels:
         return None
     like = devices[0]
@@ -33,6 +35,8 @@ def rim_spec(entries: EntryPoints, devices: Sequence[ChildSpec]) -> ChildSpec | 
 
 
 def _channels(device: ChildSpec) -> list[Row]:
+    from devices.registry import BadDeviceType, BadSettings, load_class, make_settings
+
     try:
         cls = load_class(device.config["type"])
         settings = make_settings(cls, device.config["settings"])

@@ -95,6 +95,7 @@ class Index(msgspec.Struct, frozen=True):
     images: list[tuple[int, Frame]]  # what a reset loads: physical address
     nodes: list[NodeRecord]  # memory, devices, CPU, in the order of their start
     disks: list[DiskUse]
+    channels: list[dict[str, str]] | None = None  # launcher/rings.py; None: not noted
 
 
 class BadSnapshot(ConfigError):

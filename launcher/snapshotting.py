@@ -152,6 +152,7 @@ class Snapshots:
                 for spec in (launch.memory, *launch.others)
             ],
             disks=[_use(writer, _now(launch, disk)) for disk in facts.disks],
+            channels=launch.rim.config["channels"] if launch.rim is not None else [],
         )
 
 

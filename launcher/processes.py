@@ -32,7 +32,7 @@ from launcher.forkserver import Child, ChildSpec, ForkServer
 from launcher.keeping import Kept
 from launcher.launch import Launch
 from launcher.memory import with_memory
-from launcher.names import CPU, MEMORY
+from launcher.names import CPU
 from launcher.restarts import Restarts
 from launcher.rings import changed, with_rings
 from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
@@ -138,7 +138,7 @@ class Processes:
 
     def restarts(self, node: str) -> bool:
         """Whether another process can go on for one that ends now."""
-        return node not in (CPU, MEMORY) and self.by_node[node].was_ready
+        return node != CPU and self.by_node[node].was_ready
 
     def bury(self, node: str) -> str:
         """Have one that has ended restarted, see `restart_due`; what to tell of it."""
@@ -300,9 +300,9 @@ class Processes:
                     return  # it has ended, or something takes its time
 
     def _replaceable(self, node: str) -> tuple[ChildSpec, Process]:
-        spec = next((s for s in self._specs() if s.node == node and node not in (CPU, MEMORY)), None)
+        spec = next((s for s in self._specs() if s.node == node and node != CPU), None)
         if spec is None:
-            these = ", ".join(s.node for s in self._specs() if s.node not in (CPU, MEMORY))
+            these = ", ".join(s.node for s in self._specs() if s.node != CPU)
             raise SwapRefused(f"{node!r} is no device of this machine; these are: {these}")
         if not self.by_node[node].ready:
             raise SwapRefused(f"{node}: it has no process at the moment", EXIT_DIED)

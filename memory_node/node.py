@@ -62,7 +62,7 @@ class _Node:
         self._control = control
         self._service = MemoryService(store, Marks(store, marks))
         self._grants = GrantSocket(run_dir / SOCKET_NAME, self._service)
-        self._endpoint = Endpoint(run_dir, NODE)
+        self._endpoint = Endpoint(run_dir, NODE, afresh=True)
         self._endpoint.bind()
         self._endpoint.connect(LAUNCHER)
 

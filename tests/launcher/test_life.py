@@ -168,7 +168,7 @@ def test_an_entry_point_that_does_not_import(machine_file: Path, runtime: Path, 
     assert_nothing_left(runtime)
 
 
-PARTS = ["cpu0", "memory", "forkserver", "console"]
+PARTS = ["cpu0", "forkserver", "console"]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.machine
 
 COUNT_PA = 0x200000  # as in guests/numbers.S
 DEVICES = ("uart0", "pic", "pit", "kbd", "pm")  # each goes on in a new process
-PARTS = ("launcher", "fork server", "console", "memory", "cpu0")
+PARTS = ("launcher", "fork server", "console", "cpu0")
 INTERRUPTED_EARLY = (1, -signal.SIGINT)  # Python's own answers to Ctrl-C, before and while main is imported
 MOMENTS = 8
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}

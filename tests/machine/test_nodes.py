@@ -3,6 +3,7 @@ and neither does who is connected to its console."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -15,14 +16,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.drive import LEAVE, Screen, command
+from memory_node.client import MemoryClient
+from tests.machine.drive import LEAVE, ROOT, Screen, command
 from tests.machine.files import asm_machine
 from tests.machine.processes import titles
 
 pytestmark = pytest.mark.machine
 
 COUNT_PA = 0x200000  # as in guests/talk.S
-NODES = ("consoles",)
+NODES = ("memory", "consoles")
+RESET_AT_100 = """cmp ebx, 0x100
+    jb next_line
+    mov al, 0xfe                # pulse the reset line [i8042]
+    out 0x64, al
+    jmp next_line"""
+DISK = """
+[[device]]
+name = "disk0"
+type = "virtio_blk"
+mmio = {{ regs = 0xd0000000 }}
+irqs = {{ intr = 5 }}
+settings = {{ file = "{file}" }}
+"""
 
 
 class Talk:
@@ -196,3 +211,90 @@ def read_until(client: socket.socket, text: bytes, count: int) -> bytes:
     while data.count(text) < count and (piece := client.recv(1 << 16)):
         data += piece
     return data
+
+
+def test_memory_is_the_same_and_devices_attach_it_again(talk: Talk) -> None:
+    """Whatever process of the memory node there is: the machine's memory, its marks, who asks of it."""
+    with MemoryClient(talk.runtime / "m") as client:
+        command("pause", "m", runtime=talk.runtime)
+        client.set_mark("before")
+        before = pages(talk.memory)
+        command("resume", "m", runtime=talk.runtime)
+        for device in ("uart0", "pit", "kbd"):
+            pids = titles("m")
+            os.kill(pids["memory"], signal.SIGKILL)
+            os.kill(pids[device], signal.SIGKILL)
+            talk.type(3)
+            for node in ("memory", device):
+                successor(talk, node, pids[node])
+            talk.go_on()
+            command("swap", "m", device, runtime=talk.runtime)
+            command("swap", "m", "memory", runtime=talk.runtime)
+        command("pause", "m", runtime=talk.runtime)
+        after = pages(talk.memory)
+        changed = [n for n in range(len(after)) if before[n] != after[n]]
+        assert COUNT_PA // 4096 in changed
+        assert list(client.written_since("before")) == changed
+        fd, size = client.attach("ram", False)
+        assert os.pread(fd, size, 0) == b"".join(after)
+        os.close(fd)
+        command("resume", "m", runtime=talk.runtime)
+
+
+def pages(memory: Path) -> list[bytes]:
+    data = memory.read_bytes()
+    return [data[at : at + 4096] for at in range(0, len(data), 4096)]
+
+
+def test_a_reset_by_the_launcher_needs_no_memory_node(tmp_path: Path, runtime: Path) -> None:
+    """Images are loaded again while it is stopped: the launcher has the memory itself."""
+    machine = asm_machine(tmp_path, "numbers", "m", replace={"jmp next_line": RESET_AT_100})
+    with Screen("up", machine, runtime=runtime, errors=tmp_path / "err") as screen:
+        screen.wait_for("line 00000040\r\n")
+        os.kill(titles("m")["memory"], signal.SIGSTOP)
+        screen.wait_for("line 00000100\r\n")
+        screen.wait_for("line 00000001\r\n")
+        screen.wait_for("line 00000040\r\n")
+        os.kill(titles("m")["memory"], signal.SIGCONT)
+        screen.type(LEAVE)
+        screen.finish(0)
+
+
+def test_another_file_for_a_disk(tmp_path: Path, runtime: Path) -> None:
+    """Relative paths are those of who asks; a restored machine's writes belong to the file it came with."""
+    for name in ("one.img", "two.img"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    machine = asm_machine(tmp_path, "numbers", "m", devices=DISK.format(file=tmp_path / "one.img"))
+    snapshot = tmp_path / "m.snap"
+    other = os.path.relpath(tmp_path / "two.img", ROOT)  # the command's folder
+    with Screen("up", machine, runtime=runtime) as screen:
+        screen.wait_for("line 00000010\r\n")
+        assert open_files("m", "disk0") >= {tmp_path / "one.img"}
+        command("swap", "m", "disk0", "--set", f"file={other}", runtime=runtime)
+        assert open_files("m", "disk0") >= {tmp_path / "two.img"}
+        said = command("swap", "m", "disk0", "--set", "file=no/such.img", runtime=runtime, check=False)
+        assert "no/such.img" in said
+        assert len(said.splitlines()) == 1
+        os.kill(titles("m")["disk0"], signal.SIGKILL)
+        until(screen, lambda: "two.img" in str(open_files("m", "disk0")))
+        command("snapshot", "m", snapshot, runtime=runtime)
+        screen.type(LEAVE)
+        screen.finish(0)
+    with Screen("restore", snapshot, runtime=runtime) as screen:
+        screen.wait_for(re.compile(rb"line 0000....\r\n"))
+        said = command("swap", "m", "disk0", "--set", f"file={other}", runtime=runtime, check=False)
+        assert said == (
+            "launcher: m: disk0: its disk is that of a snapshot, whose settings cannot be changed\n"
+        )
+        assert open_files("m", "disk0") >= {tmp_path / "two.img"}
+        screen.type(LEAVE)
+        screen.finish(0)
+
+
+def open_files(machine: str, node: str) -> set[Path]:
+    pid = titles(machine).get(node)
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").glob("*") if pid is not None else ():
+        with contextlib.suppress(OSError):
+            found.add(fd.readlink())
+    return found

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memory_node.marks import Marks
+from memory_node.marks import HALVES, Marks, make_marks
 from memory_node.regions import Kind, Region
 from memory_node.store import BadAccess, Store, data_extents
 
@@ -151,6 +151,26 @@ def test_a_punched_hole_counts_as_zeros(store: Store) -> None:
     marks.drop_mark("m", "ram")
     with pytest.raises(BadAccess, match="no mark 'm'"):
         marks.written_since("m", "ram")
+
+
+def test_marks_are_found_by_another_process(store: Store) -> None:
+    fd = make_marks("m")
+    marks = Marks(store, fd)
+    marks.set_mark("one", "ram")
+    store.write("ram", 3 * PAGE, b"x")
+    marks.set_mark("two", "ram")
+    store.write("ram", 4 * PAGE, b"x")
+    for half in HALVES:  # one that ended while it wrote: the half that is in force is another
+        if half != HALVES[int.from_bytes(os.pread(fd, 8, 0), "little") & 1]:
+            os.pwrite(fd, b"nonsense" * 9, half)
+    later = Marks(store, fd)
+    assert bits(later.written_since("one", "ram")) == {3, 4}
+    assert bits(later.written_since("two", "ram")) == {4}
+    later.drop_mark("one", "ram")
+    with pytest.raises(BadAccess, match="no mark 'one'"):
+        Marks(store, fd).written_since("one", "ram")
+    assert bits(Marks(store, fd).written_since("two", "ram")) == {4}
+    os.close(fd)
 
 
 def test_extents_are_whole_pages_whatever_the_file_system_counts_in(tmp_path: Path) -> None:

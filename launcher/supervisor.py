@@ -69,7 +69,12 @@ class Supervisor:
         if timeout_s is not None:
             self._deadline_ns = self._started_ns + int(timeout_s * SECOND_NS)
         try:
-            self._start()
+            try:
+                self._start()
+            except MachineEnd as end:
+                if end.status == EXIT_OK:  # it has run, and come to its end before all were ready
+                    on_ready()
+                raise
             on_ready()
             while True:
                 self._turn(None)

@@ -56,3 +56,4 @@ class Reason(StrEnum):
     WRAPS = "an operand runs past 4 GiB: a fault or not is up to the processor"
     NOT_DIRECT = "the direct executor leaves it to the translator"
     OWN_STRING = "a string instruction overwrites itself"
+    OWN_DISPLAY = "an ENTER that faults at its end has overwritten what it copies when it begins again"

@@ -138,6 +138,7 @@ class GuestRunner:
         self._base = base
         self._on_demand = on_demand
         self._next_pa = PAGE_DIRECTORY + PAGE_SIZE
+        self._served = 0  # page faults of this run
         self._frames: dict[int, Frame] = {}  # by linear address
         self._present: dict[int, bool] = {}  # linear address -> writable
         self._descriptors = _descriptors(base)
@@ -206,6 +207,7 @@ class GuestRunner:
         self._set_registers(case)
         engine = self._engine
         engine.caught = None
+        self._served = 0
         engine.stopping = engine.was_soft = False
         if self._on_demand:
             wanted = {page.va + self._base & MASK: page.writable for page in case.pages}
@@ -285,6 +287,7 @@ class GuestRunner:
         if va in self._present and not (writes and wanted[va]):
             return False
         self._grant(va, writes and wanted[va], 0)
+        self._served += 1
         return True
 
     def _set_registers(self, case: Case) -> None:
@@ -330,7 +333,7 @@ class GuestRunner:
                 changed[page.va] = data
                 frame.held = None
         fx = bytes(engine.record.b[at.FX : at.FX + FX_SIZE])
-        return CpuState(stop, eip, tuple(regs), eflags, fx, changed, tuple(selectors))
+        return CpuState(stop, eip, tuple(regs), eflags, fx, changed, tuple(selectors), self._served)
 
     def _fault_stop(self, vector: int, error: int, cr2: int) -> Stop:
         return Stop("fault", vector, error, cr2 - self._base & MASK if vector == PAGE_FAULT else 0)

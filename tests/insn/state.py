@@ -195,7 +195,8 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class CpuState:
-    """What a run left: `changed` holds the pages whose contents differ from the case's."""
+    """What a run left: `changed` holds the pages whose contents differ from the case's. `served`: page faults
+    after which an instruction was begun again."""
 
     stop: Stop
     eip: int = 0
@@ -204,11 +205,12 @@ class CpuState:
     fx: bytes = bytes(FX_SIZE)
     changed: dict[int, bytes] = field(default_factory=dict)
     selectors: tuple[int, ...] = FLAT
+    served: int = 0
 
     def __reduce__(self) -> tuple[object, ...]:
         """As Stop."""
-        changed, selectors = self.changed, self.selectors
-        return CpuState, (self.stop, self.eip, self.regs, self.eflags, self.fx, changed, selectors)
+        rest = self.changed, self.selectors, self.served
+        return CpuState, (self.stop, self.eip, self.regs, self.eflags, self.fx, *rest)
 
 
 def fx_image(

@@ -56,6 +56,18 @@ def test_what_does_not_end_on_the_host_has_no_verdict() -> None:
         assert no_verdict(replace(STATE, stop=Stop(kind))) is reason
 
 
+def test_an_enter_that_pushes_into_its_display_has_no_verdict_when_begun_again() -> None:
+    changed = {DATA: b"\1" + bytes(4095)}
+    regs = (0, 0, 0, 0, DATA + 0x104, DATA + 0xC8, 0, 0)
+    code = bytes.fromhex("c800101f").ljust(4096, b"\xf4")
+    case = replace(CASE, regs=regs, pages=(Page(CODE, code, False), CASE.pages[1]), rows=("C8 enter",))
+    state = replace(STATE, regs=regs)
+    assert verdict(case, state, replace(state, changed=changed, served=1)) is Reason.OWN_DISPLAY
+    assert verdict(case, state, replace(state, changed=changed)) is Verdict.DIFFERS
+    apart = replace(case, regs=(*regs[:5], DATA + 0x800, 0, 0))
+    assert verdict(apart, state, replace(state, changed=changed, served=1)) is Verdict.DIFFERS
+
+
 def test_an_operand_past_4_gib_has_no_verdict() -> None:
     limit = replace(STATE, stop=Stop("fault", 13))
     assert verdict(CASE, limit, replace(STATE, stop=Stop("fault", 14, 4, 0xFFFFFFF0))) is Reason.WRAPS

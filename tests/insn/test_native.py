@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from tests.insn.exclusions import Reason
 from tests.insn.executors import NATIVE
 from tests.insn.generate import Generator
+from tests.insn.judge import judge
 from tests.insn.state import (
     AF,
     CF,
@@ -200,6 +202,27 @@ def test_the_same_case_twice_gives_the_same_outcome(native: Worker) -> None:
         assert a is not None
         assert b is not None
         assert differences(case, a, b) == []
+
+
+def test_a_nested_enter_that_faults_at_its_end_begins_again_with_what_it_has_pushed(native: Worker) -> None:
+    """So says the host, and so does the executor that serves the fault: Reason.OWN_DISPLAY."""
+    stack = bytes(range(256)) * 16
+    whole = make("c8 00 10 1f", esp=DATA + 0x1104, ebp=DATA + 0x10C8)
+    pages = whole.pages[0], Page(DATA, bytes(PAGE_SIZE), True), Page(DATA + PAGE_SIZE, stack, True)
+    whole = replace(whole, pages=pages, rows=("C8 enter",))
+    absent = replace(whole, pages=tuple(page for page in whole.pages if page.va != DATA))
+    faulted = native.run(absent)
+    assert str(faulted.stop) == f"#PF(0x6) at va {DATA + 0x84:#010x}"
+    left = tuple(page._replace(data=faulted.changed.get(page.va, page.data)) for page in whole.pages)
+    again, never = native.run(replace(whole, pages=left)), native.run(whole)
+    with Worker("restarted") as executor:
+        restarted = executor.run(whole)
+    assert restarted.served == 3  # the code, both pages of the stack
+    after = {p.va: again.changed.get(p.va, p.data) for p in left}
+    assert restarted.changed == {va: after[va] for va in restarted.changed}
+    assert (again.regs, again.eip) == (restarted.regs, restarted.eip)
+    assert restarted.changed != never.changed
+    assert judge(whole, never, restarted) == (Reason.OWN_DISPLAY, [])
 
 
 def test_differences_say_what_differs() -> None:

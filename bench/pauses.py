@@ -1,7 +1,7 @@
 """Pauses that a guest sees when processes of devices are swapped and killed: `make bench-pauses`.
 
 The guest reads a synchronous register of each device in turn, for ever, and notes how long each read took by
-its time-stamp counter. A pause is the longest of the reads of that device while its process was replaced.
+its time-stamp counter. A pause is the longest of all the reads while a device's process was replaced.
 Row "no fault": the longest read in a time in which nothing was done, which is what the host's other work does
 to it. All are also given as multiples of the bus round trip, the median of the reads in the same run. Then
 come the launcher's own measure of a swap (docs/live-swap.md), and its parts.
@@ -116,20 +116,20 @@ class Reads:
         while self.count() < rounds:
             time.sleep(0.0005)
 
-    def times(self, device: str, first: int, end: int) -> list[float]:
-        """How long the reads of a device took in the rounds from `first` on."""
-        at, first = list(DEVICES).index(device), max(first, end - RING // len(DEVICES) + 1)
-        reads = (((n * len(DEVICES) + at) % RING) * 4 + RING_PA for n in range(first, end))
+    def times(self, first: int, end: int) -> list[float]:
+        """How long the reads took in the rounds from `first` on."""
+        first = max(first, end - RING // len(DEVICES) + 1)
+        reads = (n % RING * 4 + RING_PA for n in range(first * len(DEVICES), end * len(DEVICES)))
         return [struct.unpack_from("<I", self._memory, read)[0] * self._ns for read in reads]
 
 
 def longest(reads: Reads, device: str, act: Callable[[str], object]) -> float:
-    """The longest read of the device during `act` and soon after it, in ns."""
+    """The longest read during `act` on the device and soon after it, in ns."""
     first = reads.count()
     act(device)
     end = reads.count() + AFTER
     reads.wait(end)
-    return max(reads.times(device, first, end))
+    return max(reads.times(first, end))
 
 
 def row(name: str, times: list[float], trip_ns: float) -> str:
@@ -181,7 +181,7 @@ def measure(control: Path, memory: Path, swaps: int, kills: int, seed: int) -> N
         device = rng.choice(list(DEVICES))
         time.sleep(max(0.0, ended[device] + APART_S - time.monotonic()))
         now = reads.count()
-        trips += reads.times(device, now - 100, now)
+        trips += reads.times(now - 100, now)
         if kind == "swap":
             pause_ns = longest(reads, device, swap)
         else:

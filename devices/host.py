@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -169,7 +170,7 @@ class Host:
             self._disks.close()
 
     def let_go(self) -> None:
-        """After run() has returned RETIRED, and others were told: what takes its time."""
+        """After run() has returned RETIRED, if this process is to go on: what takes its time."""
         self._endpoint.close(0)
 
     # --- devices.outside.Outside --------------------------------------------------------------------
@@ -388,8 +389,11 @@ def run(config: dict[str, Any]) -> None:
             if status == RETIRED:
                 assert control is not None
                 control.retired()
-                host.let_go()
+                cores = os.sched_getaffinity(0)
+                _run_on(range(os.cpu_count() or 1))  # to end takes milliseconds, which the CPU's core hasn't
                 control.wait_to_resume()
+                _run_on(cores)
+                host.let_go()
     except (BadDeviceType, BadDisk, BadSettings, BadRunDir, GrantRefused, BadJournal, StateMismatch) as error:
         log.error("%s", error)
         if control is not None:
@@ -400,6 +404,13 @@ def run(config: dict[str, Any]) -> None:
             control.refuse(f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise
     raise SystemExit(status)
+
+
+def _run_on(cores: Iterable[int]) -> None:
+    """Have all threads of this process run there."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
 
 
 def _stop(host: Host, number: int, stack: object) -> None:

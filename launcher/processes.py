@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from launcher.launch import Launch
 from launcher.memory import with_memory
 from launcher.names import CPU
 from launcher.restarts import Restarts
-from launcher.rings import changed, with_rings
+from launcher.rings import Row, changed, with_rings
 from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
 from memory_node import wire
 
@@ -258,7 +258,10 @@ class Processes:
         self.launch = replace(self.launch, others=others)
         if device:
             process.replaces.append(old.pid)
-            self._tell_rim(node, new.config["settings"])
+            self._connect_channels(node, new.config["settings"])
+        elif node == RIM and self.launch.rim is not None:  # what has changed while it got ready
+            known = new.config["channels"]
+            self._tell_rim([row for row in self.launch.rim.config["channels"] if row not in known])
         return done
 
     def rim_descriptors(self) -> list[int]:
@@ -280,12 +283,16 @@ class Processes:
         if node in self._journals:
             self._endpoint.send(CPU, Attend(node))
 
-    def _tell_rim(self, node: str, settings: dict[str, Any]) -> None:
-        """A device's channels may have other back ends now. Returns when the rim has done what follows."""
+    def _connect_channels(self, node: str, settings: dict[str, Any]) -> None:
+        """A device's channels may have other back ends now."""
         if self.launch.rim is None:
             return
         rim, rows = changed(self.launch.rim, node, settings)
         self.launch = replace(self.launch, rim=rim)  # also for a process that is started later
+        self._tell_rim(rows)
+
+    def _tell_rim(self, rows: Sequence[Row]) -> None:
+        """Channels are others now. Returns when the rim has done what follows."""
         control = self._rim_control()
         if control is None:
             return
@@ -296,8 +303,8 @@ class Processes:
             while not any(record["op"] == "changed" for record in self.hear_rim()):
                 fds = [control.fileno(), self.by_node[RIM].child.pidfd]
                 readable = select.select(fds, [], [], max(0.0, deadline_s - time.monotonic()))[0]
-                if fds[0] not in readable:
-                    return  # it has ended, or something takes its time
+                if readable != fds[:1]:
+                    return  # it has ended, and its successor knows; or something takes its time
 
     def _replaceable(self, node: str) -> tuple[ChildSpec, Process]:
         spec = next((s for s in self._specs() if s.node == node and node != CPU), None)

@@ -64,7 +64,7 @@ def result(torture: Torture, seed: int, others_cores: float) -> str:
     kills = [fault for fault in done if fault.kind == "kill"]
     trips = torture.faults.round_trips_ns
     trip_ns = float(trips[-1]) if trips else 1e5
-    unknown = sum(fault.pause_ns is None for fault in kills)
+    unknown = sum(fault.pause_ns is None and fault.device not in report.UNSEEN for fault in kills)
     lines = [
         f"Seed {seed}: {len(kills)} kills and {len(done) - len(kills)} swaps in {torture.minutes:.1f}"
         f" minutes, {len(torture.wrong)} faults. {torture.faults.refused} swaps were refused because a kill"

@@ -25,7 +25,7 @@ from launcher.rundir import CONTROL
 LAUNCHER = str(boot.REPO / ".venv" / "bin" / "launcher")
 NAME = "torture"
 CONSOLES = ("uart0", "hvc0")
-DEVICES = ("uart0", "pic", "ioapic", "pit", "rtc", "kbd", "post", "pm", "disk0", "hvc0", "consoles")
+DEVICES = ("uart0", "pic", "ioapic", "pit", "rtc", "kbd", "post", "pm", "disk0", "hvc0", "consoles", "memory")
 START_S = 300.0  # bounds on hanging, not expectations
 HANG_S = 45.0
 WARNING = 4  # of the kernel's levels, and worse

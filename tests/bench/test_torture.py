@@ -168,8 +168,10 @@ def test_plans_follow_from_the_seed() -> None:
 def test_the_table(tmp_path: Path) -> None:
     done = [Fault("kill", "pit", 1, 0, 1, n * 1_000_000) for n in range(1, 101)]
     done += [Fault("swap", "pic", 1, 0, None, None), Fault("swap", "pic", 1, 0, 1, 2_500_000)]
+    done.append(Fault("swap", "memory", 1, 0, 1, 9_000_000))  # of which the guest sees nothing
     rows = report.table(done, 500_000.0).splitlines()
     assert rows[2:] == [
+        "| memory | 0 | - | - | - | 1 | 9.0 | 9.0 | 9.0 |",
         "| pic | 0 | - | - | - | 2 | 2.5 | 2.5 | 2.5 |",
         "| pit | 100 | 51.0 | 100.0 | 100.0 | 0 | - | - | - |",
         "| all | 100 | 51.0 | 100.0 | 100.0 | 2 | 2.5 | 2.5 | 2.5 |",

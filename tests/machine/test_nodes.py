@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -195,6 +196,28 @@ def test_another_back_end(tmp_path: Path, runtime: Path) -> None:
             before = screen.errors().count(log)
             until(screen, lambda n=before: screen.errors().count(log) > n + 20)
             command("swap", "m", "uart0", "--set", "backend=null", runtime=runtime)
+        screen.type("\x03")
+        screen.finish(130)
+
+
+def test_another_back_end_while_consoles_are_swapped(tmp_path: Path, runtime: Path) -> None:
+    """Whichever comes first: the process that there is then does as the device's settings say."""
+    machine = asm_machine(tmp_path, "talk", "m")
+    machine.write_text(machine.read_text().replace('backend = "console"', 'backend = "null"'))
+    path = runtime / "m" / "console-uart0.sock"
+    with Screen("up", machine, runtime=runtime) as screen:
+        until(screen, lambda: "uart0  " in command("ps", runtime=runtime))
+        until(screen, lambda: "starting" not in command("ps", runtime=runtime))
+        for kind in ("console", "null") * 3:
+            swap = threading.Thread(target=lambda: command("swap", "m", "consoles", runtime=runtime))
+            swap.start()
+            command("swap", "m", "uart0", "--set", f"backend={kind}", runtime=runtime)
+            swap.join()
+            assert path.exists() == (kind == "console")
+            if kind == "console":
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                    client.connect(str(path))
+                    assert read_until(client, b"line ", 20).count(b"line ") >= 20
         screen.type("\x03")
         screen.finish(130)
 

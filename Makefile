@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling bench-pauses torture soak model profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling bench-pauses bench-live torture soak model profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-boot  boot time, measured against QEMU (needs qemu-system-i386)"
 	@echo "make bench-scaling  boot time and memory for guests of 64 MiB, 512 MiB and 2 GiB"
 	@echo "make bench-pauses  pauses that a guest sees when devices are swapped and killed"
+	@echo "make bench-live  what the devices' journals cost: the same machine with and without, in turn"
 	@echo "make torture     1,000 kills and 1,000 swaps under a guest that checks all it does (KILLS=, SWAPS=, SEED=, MINUTES=)"
 	@echo "make soak        a fork storm for MINUTES=60: mappings and memory must stay flat"
 	@echo "make model       every run of the protocol of live swap, up to a bound: states and transitions"
@@ -105,6 +106,9 @@ bench-scaling: guest
 
 bench-pauses: setup
 	@$(PY) -m bench.pauses $(BENCH_ARGS)
+
+bench-live: guest
+	@$(PY) -m bench.checkpoints $(BENCH_ARGS)
 
 # Another size leaves the committed table alone.
 torture: guest

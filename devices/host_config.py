@@ -25,6 +25,7 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     overlays: dict[str, str] = {}  # disk -> file that takes the writes, of a restored machine
     mirror_index: int | None = None  # page in the region "mirror"; None: no mirror, reads are synchronous
     log_level: str = "warning"
+    checkpoints: bool = True  # False: no journal
     set_aside_after: int = 3  # processes that ended in the same step
     shape: dict[str, str] = {}  # what the machine was started with, see devices/tryout.py
     standby: bool = False  # take over from another process, when told to

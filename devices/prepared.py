@@ -32,7 +32,8 @@ class Prepared:
         self._config = config
         self.cls = load_class(config.type)
         self.settings = make_settings(self.cls, config.settings)
-        self.journal = Journal(config.fds["journal"]) if "journal" in config.fds else None
+        journal = config.fds.get("journal") if config.checkpoints else None
+        self.journal = Journal(journal) if journal is not None else None
         self.ram: GuestRam | None = None
         if self.cls.DMA:
             self.ram = GuestRam(self._region(RAM_REGION), CodeMap(self._region(codemap.REGION)))

@@ -35,6 +35,7 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     name: str
     memory: Size
     on_reset: Literal["restart", "stop"] = "restart"
+    checkpoints: bool = True  # else the end of a device's process is the machine's
     set_aside_after: int = 3  # processes of a device that ended in one frame; see docs/live-swap.md
     console: str | None = None  # the device shown by `up`; needed where several have a console
 

@@ -122,6 +122,7 @@ def _device_config(plan: MachinePlan, device: PlannedDevice) -> dict[str, Any]:
         "controllers": [d.table.name for d in plan.devices if d.cls.CONTROLLER],
         "cpus": [CPU],
         "set_aside_after": plan.config.machine.set_aside_after,
+        "checkpoints": plan.config.machine.checkpoints,
     }
 
 

@@ -138,7 +138,8 @@ class Processes:
 
     def restarts(self, node: str) -> bool:
         """Whether another process can go on for one that ends now."""
-        return node != CPU and self.by_node[node].was_ready
+        spec = next(spec for spec in self._specs() if spec.node == node)
+        return node != CPU and self.by_node[node].was_ready and spec.config.get("checkpoints") is not False
 
     def bury(self, node: str) -> str:
         """Have one that has ended restarted, see `restart_due`; what to tell of it."""
@@ -224,6 +225,8 @@ class Processes:
         `folder`: where relative paths of disks begin."""
         spec, _ = self._replaceable(node)
         new = spec
+        if spec.config.get("checkpoints") is False:
+            raise SwapRefused(f"{node}: there is nothing to go on from: machine.checkpoints is false")
         if node in self._journals:
             _check_disks(spec, settings)
             with_type = with_type or str(spec.config["type"])

@@ -11,8 +11,10 @@ device; status 1 if anything was wrong. docs/live-swap.md says more.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.load import Load as HostLoad
@@ -38,6 +40,7 @@ def main() -> int:
     parser.add_argument("--devices", type=devices, default=list(DEVICES), help="some of " + ",".join(DEVICES))
     parser.add_argument("--minutes", type=float, help="end after so long, even if not all is done")
     parser.add_argument("--apart", type=float, default=APART_S, help="seconds between faults of a kind, mean")
+    parser.add_argument("--json", type=Path, help="write all kills and swaps into this file")
     parser.add_argument("--document", type=Path, help="write the result into this Markdown file")
     options = parser.parse_args()
     began, host = time.monotonic(), HostLoad()
@@ -53,6 +56,8 @@ def main() -> int:
     print(text)
     for line in torture.wrong:
         print(f"torture: {line}", file=sys.stderr)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(f) for f in torture.faults.done]) + "\n", encoding="utf-8")
     if options.document and not torture.wrong:
         report.write(options.document, text)
     return 1 if torture.wrong else 0

@@ -40,10 +40,10 @@ def _row(name: str, faults: Sequence[Fault], unit_ns: float, form: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(document: Path, text: str) -> None:
+def write(document: Path, text: str, begins: str = BEGIN, ends: str = END) -> None:
     """Put `text` between the marks of a Markdown file."""
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = document.read_text(encoding="utf-8").partition(begins)
+    _, end, after = rest.partition(ends)
     if not begin or not end:
-        raise ValueError(f"{document} has no section of ours: {BEGIN} ... {END}")
-    document.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{document} has no section of ours: {begins} ... {ends}")
+    document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}", encoding="utf-8")

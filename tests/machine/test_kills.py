@@ -99,6 +99,22 @@ def test_a_device_that_is_killed_goes_on_in_a_new_process(
     assert not list(runtime.glob("*"))
 
 
+def test_without_checkpoints_the_end_of_a_device_is_the_machines(tmp_path: Path, runtime: Path) -> None:
+    machine = asm_machine(tmp_path, "numbers", "victim")
+    machine.write_text(machine.read_text().replace("[machine]\n", "[machine]\ncheckpoints = false\n"))
+    with Screen("up", machine, runtime=runtime, errors=tmp_path / "err") as screen:
+        screen.wait_for("line 00000080\r\n")
+        refused = command("swap", "victim", "pit", runtime=runtime, check=False)
+        assert refused.endswith("pit: there is nothing to go on from: machine.checkpoints is false\n")
+        screen.wait_for("line 00000100\r\n")
+        pid = titles("victim")["pit"]
+        os.kill(pid, signal.SIGKILL)
+        screen.finish(5)
+        screen.wait_gone()
+        said(screen)
+        assert f"pit (pid {pid})" in screen.errors()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_end_it_in_order(number: signal.Signals, tmp_path: Path, runtime: Path) -> None:
     memory = tmp_path / "ram"

@@ -203,6 +203,15 @@ class Endpoint:
                     yield received
                     self._acknowledge(received)  # by now it is dealt with
 
+    def acknowledge(self) -> None:
+        """Say to all what has been taken from them: it is not to come to who goes on under our name."""
+        for identity, asked in self._asked.items():
+            if (data := asked.acknowledgement(every=1)) is not None:
+                self._to_router(identity, data)
+        for peer, asking in self._asking.items():
+            if (data := asking.acknowledgement(every=1)) is not None:
+                self._to_dealer(peer, data)
+
     def positions(self) -> Positions:
         """Of all connections, those made by others and ours."""
         asked = {f"{who.decode(NAMES)}>{self.node}": stream for who, stream in self._asked.items()}

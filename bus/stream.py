@@ -115,9 +115,9 @@ class Stream:
         """Resume, encoded: say where the other side's frames are expected from."""
         return self._position(Resume())
 
-    def acknowledgement(self) -> bytes | None:
-        """An Ack, encoded, if one is due: ACK_EVERY frames came with nothing sent back."""
-        if self.seen - self._told < ACK_EVERY:
+    def acknowledgement(self, every: int | None = None) -> bytes | None:
+        """An Ack, encoded, if one is due: `every` (ACK_EVERY) frames came with nothing sent back."""
+        if self.seen - self._told < (ACK_EVERY if every is None else every):
             return None
         return self._position(Ack())
 

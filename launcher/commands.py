@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,10 +53,13 @@ class Commands:
         ask: Ask,
         forkserver: ForkServer,
         pump: Pump | None,
+        leave: Callable[[], None],
     ) -> None:
+        """`leave`: have all ready for another launcher; RuntimeError."""
         self._control = ControlServer(path)
         self._processes, self._pausing, self._endpoint, self._ask = processes, pausing, endpoint, ask
         self._forkserver, self._pump = forkserver, pump
+        self._leave = leave
         self._ps_requests: list[_PsRequest] = []
         self._swaps = Swaps(processes)
         self._snapshots: Snapshots | None = None  # made when the first is asked for
@@ -98,8 +101,12 @@ class Commands:
             case "down":
                 self._control.answer(client, {})
                 raise MachineEnd(EXIT_OK, "ended by `launcher down`")
-            case "pause" | "resume" | "swap" | "kill" if self._snapshots is not None and self._snapshots.busy:
+            case "pause" | "resume" | "swap" | "kill" | "leave" if self._busy:
                 self._control.answer(client, {"error": "a snapshot is being written"})
+            case "leave" if self._swaps.busy:
+                self._control.answer(client, {"error": "a swap is under way"})
+            case "leave":
+                self._make_way(client, request)
             case "pause" | "resume":
                 self._pause_or_resume(client, op == "pause")
             case "swap" | "kill":
@@ -115,6 +122,22 @@ class Commands:
                     self._endpoint.send(node, Stats())
                 deadline_ns = time.monotonic_ns() + STATS_NS
                 self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
+
+    @property
+    def _busy(self) -> bool:
+        """With a snapshot."""
+        return self._snapshots is not None and self._snapshots.busy
+
+    def _make_way(self, client: int, request: dict[str, Any]) -> None:
+        try:
+            self._leave()
+        except RuntimeError as e:
+            self._control.answer(client, {"error": str(e)})
+            return
+        self._control.answer(client, {})
+        end = MachineEnd(EXIT_OK, f"another launcher (pid {request.get('by')}) has taken over")
+        end.left = True
+        raise end
 
     def _pause_or_resume(self, client: int, pause: bool) -> None:
         try:

@@ -36,6 +36,7 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     memory: Size
     on_reset: Literal["restart", "stop"] = "restart"
     checkpoints: bool = True  # else the end of a device's process is the machine's
+    on_launcher_death: Literal["end", "run"] = "end"  # see docs/live-swap.md
     set_aside_after: int = 3  # processes of a device that ended in one frame; see docs/live-swap.md
     console: str | None = None  # the device shown by `up`; needed where several have a console
 
@@ -265,6 +266,7 @@ def _known_keys(key: str, plain: dict[str, Any]) -> list[str]:
 def _choices(key: str) -> str:
     choices = {
         "machine.on_reset": 'write "restart" or "stop"',
+        "machine.on_launcher_death": 'write "end" or "run"',
         "cpu.user_mode": 'write "translated", "direct" or "auto"',
         "cpu.trap_backend": 'write "auto", "ptrace" or "seccomp"',
         "cpu.mmu": 'write "auto", "windows" or "tlb"',

@@ -3,8 +3,9 @@
 One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
 of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {};
 {"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}; {"op": "swap", "device", "type",
-"settings"} -> {"type", "old", "new", "pause_ns", "parts_ns"}; {"op": "kill", "device"} -> {"pid"}. What can't
-be done: {"error": one line}, where bad input is the reason with "status", the exit status that goes with it.
+"settings", "folder"} -> {"type", "old", "new", "pause_ns", "parts_ns"}; {"op": "kill", "device"} -> {"pid"};
+{"op": "leave", "by": pid of another launcher} -> {}. What can't be done: {"error": one line}, where bad input
+is the reason with "status", the exit status that goes with it.
 An answer may come later than the request; the connection stays open until then.
 """
 
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import EXIT_DIED, LauncherError
+from launcher.keeper import SOCKET as KEEPER
 from memory_node import wire
 
 OPERATIONS = (
-    "ps", "stats", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill", "down",
+    "ps", "stats", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill", "leave", "down",
 )  # fmt: skip
 ANSWER_S = 10.0
+NO_LAUNCHER = "it has no launcher; `launcher up` with its machine file re-attaches"
 SNAPSHOT_S = 3600.0  # 3 GiB to a slow disk
 DOWN_MS = 30_000  # longer than the supervisor is polite
 
@@ -107,6 +110,10 @@ def ask(path: Path, op: str, machine: str, timeout_s: float = ANSWER_S, **argume
         with contextlib.closing(wire.connect(path, timeout_s)) as sock:
             wire.send_record(sock, {"op": op, **arguments})
             received = wire.receive_record(sock)
+    except (ConnectionRefusedError, FileNotFoundError) as e:
+        if path.with_name(KEEPER).exists():
+            raise NoAnswer(f"{machine}: {NO_LAUNCHER}") from e
+        raise NoAnswer(f"{machine}: its launcher does not answer: {e}") from e
     except (OSError, wire.BadRecord) as e:
         raise NoAnswer(f"{machine}: its launcher does not answer: {e}") from e
     if received is None:

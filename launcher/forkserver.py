@@ -5,7 +5,8 @@ millisecond. The child that needs most besides (the CPU node) is forked ahead of
 another core while this process imports the rest. This process is itself forked off the launcher before
 either has a thread or a ZeroMQ context, and
 keeps it so: contexts do not survive a fork. Chain of life: the kernel kills this process when the
-launcher ends, however it ends, and the children when this process ends.
+launcher ends, however it ends, and the children when this process ends. But a launcher may leave its machine
+to another one, and a machine may be meant to outlive it: launcher/keeper.py.
 
 Requests and reports are records (memory_node/wire.py) on a socket pair:
   {"op": "fork", node, entry, config, title, log, fds} + fds  ->  {"op": "forked", node, pid} + its pidfd
@@ -32,6 +33,7 @@ from typing import Any, NoReturn
 
 from launcher.entries import Preload
 from launcher.errors import MachineDied
+from launcher.keeper import Keeper
 from launcher.process_unsafe import die_with_parent, set_thread_name
 from memory_node import wire
 
@@ -70,6 +72,7 @@ class ForkServer:
     sock: socket.socket
     statuses: dict[int, int] = field(default_factory=dict)  # wait status by pid
     stopped: bool = False
+    is_child: bool = True  # else it was another launcher's
 
     @classmethod
     def start(cls, preload: Preload) -> ForkServer:
@@ -130,6 +133,16 @@ class ForkServer:
                 return None
         return self.statuses[child.pid]
 
+    def tell(self, record: dict[str, Any], fds: Sequence[int]) -> None:
+        """Something for its keeper. OSError, wire.BadRecord: it has not been told."""
+        wire.send_record(self.sock, record, fds)
+
+    def leave(self) -> None:
+        """Let it go on without us."""
+        self.stopped = True
+        os.close(self.pidfd)
+        self.sock.close()
+
     def stop(self) -> None:
         """End it and with it all its children. May be called again."""
         if self.stopped:
@@ -137,7 +150,10 @@ class ForkServer:
         self.stopped = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        if self.is_child:
+            os.waitpid(self.pid, 0)
+        else:
+            select.select([self.pidfd], [], [], FORK_DEADLINE_S)
         os.close(self.pidfd)
         self.sock.close()
 
@@ -203,32 +219,53 @@ def _serve(sock: socket.socket, launcher: int, preload: Preload) -> None:
     gc.freeze()  # children share these pages as long as no collection touches them
     redirect_standard(os.devnull)
     children: dict[int, tuple[int, str]] = {}  # pidfd -> pid, node
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
+    from bus.frames import PROTOCOL_VERSION  # the launcher need not wait for it
+
+    keeper = Keeper(sock, launcher, PROTOCOL_VERSION)
     while True:
-        for fd, _ in poll.poll():
-            if fd == sock.fileno():
-                received = wire.receive_record(sock)
-                if received is None:
+        fd = _next_readable([*keeper.descriptors(), *children])
+        if fd in children:
+            pid, node = children.pop(fd)
+            _, status = os.waitpid(pid, 0)
+            keeper.ended(node, pid, fd, status)
+        elif keeper.launcher is None or fd != keeper.launcher.fileno():
+            if not keeper.turn(fd, children):
+                return
+        else:
+            received = _request(keeper.launcher)
+            if received is None:
+                if not keeper.left(children):
                     return
-                if not children:  # the first: now we know whose fork server this is
-                    set_title(f"backplane {received[0]['config']['machine']}: fork server", "forkserver")
-                child = None
-                if ahead is not None and _module(received[0]) == ahead.module:
-                    child, ahead = ahead.take(*received), None
-                pid, pidfd = child or _fork_child(*received)
-                for fd_of_child in received[1]:
-                    os.close(fd_of_child)
-                children[pidfd] = (pid, received[0]["node"])
-                poll.register(pidfd, select.POLLIN)
-                report = {"op": "forked", "node": received[0]["node"], "pid": pid}
-                wire.send_record(sock, report, [pidfd])
-            else:
-                pid, node = children.pop(fd)
-                poll.unregister(fd)
-                os.close(fd)
-                _, status = os.waitpid(pid, 0)
-                wire.send_record(sock, {"op": "exited", "node": node, "pid": pid, "status": status})
+                continue
+            if received[0]["op"] != "fork":
+                keeper.obey(*received)
+                continue
+            if not children:  # the first: now we know whose fork server this is
+                set_title(f"backplane {received[0]['config']['machine']}: fork server", "forkserver")
+            child = None
+            if ahead is not None and _module(received[0]) == ahead.module:
+                child, ahead = ahead.take(*received), None
+            pid, pidfd = child or _fork_child(*received)
+            for fd_of_child in received[1]:
+                os.close(fd_of_child)
+            children[pidfd] = (pid, received[0]["node"])
+            report = {"op": "forked", "node": received[0]["node"], "pid": pid}
+            with contextlib.suppress(OSError):  # it has just ended: we see that next
+                wire.send_record(keeper.launcher, report, [pidfd])
+
+
+def _next_readable(fds: Sequence[int]) -> int:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return poll.poll()[0][0]
+
+
+def _request(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    try:
+        return wire.receive_record(sock)
+    except OSError:  # it ended before it had read all of our reports
+        return None
 
 
 def _import(sock: socket.socket, modules: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.fds: dict[str, int] = {}
+        self.changes = 0  # so often they have become others
 
     def take(self, record: dict[str, Any], fds: Sequence[int]) -> bool:
         """Do what a record says; False, the descriptors being closed, where it is about something else."""
@@ -26,6 +27,7 @@ class Kept:
         if record["op"] == KEEP and len(fds) == 1:
             self._close(name)
             self.fds[name] = fds[0]
+            self.changes += 1
             return True
         for fd in fds:
             os.close(fd)
@@ -56,3 +58,4 @@ class Kept:
         fd = self.fds.pop(name, None)
         if fd is not None:
             os.close(fd)
+            self.changes += 1

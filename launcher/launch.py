@@ -20,6 +20,7 @@ class MachineEnd(Exception):
     def __init__(self, status: int, line: str) -> None:
         super().__init__(line)
         self.status, self.line = status, line
+        self.left = False  # another launcher goes on with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +38,5 @@ class Launch:
     stop_on_reset: bool
     facts: MachineFacts | None = None  # for snapshots
     restored: Restored | None = None
+    outlive: bool = False  # it goes on when its launcher ends without a word
+    lock_fd: int = -1  # of the run directory

@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser(
         "up",
         help="start a machine",
-        description="Start a machine and show its serial console here. In a terminal, keys go to the guest "
+        description="Start a machine, or go on with one that runs, and show its serial console here. In a "
+        "terminal, keys go to the guest "
         "as they are (Ctrl-C too) and Ctrl-] then q ends the machine; otherwise standard input is fed to the "
         "console and its end just stops that.",
     )
@@ -109,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("restart", "stop"),
         help="when the guest resets itself: start again, or print the CPU state and exit with status 3 "
         "(default: the file's machine.on_reset)",
+    )
+    up.add_argument(
+        "--outlive",
+        action="store_true",
+        help="let the machine run on if this launcher is killed; `launcher up` re-attaches then",
     )
 
     down = commands.add_parser("down", help="end a running machine", description="End a running machine.")
@@ -246,6 +252,7 @@ def _up(options: Any, entries: EntryPoints | None, facts: Callable[[], HostFacts
         timeout_s=options.timeout,
         log_level=options.log_level,
         on_reset=options.on_reset,
+        outlive=options.outlive,
     )
     return up(chosen, entries or EntryPoints(), facts)
 
@@ -275,7 +282,19 @@ def _ps(options: Any) -> int:
             print(report.table(ask(path / CONTROL, "ps", path.name)["rows"]))
         except NoAnswer as e:  # it is starting or ending: the others are still of interest
             print(e)
+            _print_nodes(path)
     return EXIT_OK
+
+
+def _print_nodes(run_dir: Path) -> None:
+    """The processes of a machine that has no launcher."""
+    from launcher import report
+    from launcher.reattach import here
+
+    now = here(run_dir)
+    if now is not None and now.launcher is None:
+        nodes = (("forkserver", now.keeper), *now.nodes)
+        print(report.table([report.ps_row(node, pid, None) for node, pid in nodes]))
 
 
 def _stats(options: Any) -> int:
@@ -286,10 +305,14 @@ def _stats(options: Any) -> int:
 
 def _down(options: Any) -> int:
     from launcher.control import down
-    from launcher.rundir import CONTROL, launcher_pid
+    from launcher.reattach import end
+    from launcher.rundir import CONTROL, launcher_pid, remove_if_dead
 
     path = _running(options.machine)
-    down(path / CONTROL, path.name, launcher_pid(path))
+    if end(path):  # it has no launcher
+        remove_if_dead(path)
+    else:
+        down(path / CONTROL, path.name, launcher_pid(path))
     print(f"{path.name}: ended")
     return EXIT_OK
 

@@ -20,3 +20,4 @@ class UpOptions:
     timeout_s: float | None
     log_level: str
     on_reset: str | None
+    outlive: bool = False

@@ -39,6 +39,10 @@ class Pausing:
         """The nodes are started standing, at this time."""
         self.clock_ns = clock_ns
 
+    def take_over(self, offset_ns: int, clock_ns: int | None) -> None:
+        """The nodes run, or stand, already: as an earlier launcher's `offset_ns` and `clock_ns` say."""
+        self.offset_ns, self.clock_ns = offset_ns, clock_ns
+
     def node_config(self) -> dict[str, int | None]:
         """What a node that starts now is told of the clock."""
         return {"clock_offset_ns": self.offset_ns, "clock_stopped_ns": self.clock_ns}

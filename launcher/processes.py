@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bus.endpoint import Endpoint
 from bus.frames import Attend
@@ -27,6 +27,7 @@ from devices.journal import Journal as DeviceJournal
 from devices.rim import NODE as RIM
 from launcher import report
 from launcher.affinity import pin
+from launcher.deposit import DepositedProcess
 from launcher.errors import EXIT_DIED
 from launcher.forkserver import Child, ChildSpec, ForkServer
 from launcher.keeping import Kept
@@ -37,6 +38,9 @@ from launcher.restarts import Restarts
 from launcher.rings import Row, changed, with_rings
 from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
 from memory_node import wire
+
+if TYPE_CHECKING:
+    from launcher.reattach import Inherited
 
 SECOND_NS = 1_000_000_000
 RIM_S = 10.0  # for the rim to close a console whose clients don't read
@@ -71,20 +75,20 @@ class Processes:
         forkserver: ForkServer,
         endpoint: Endpoint,
         clock: Callable[[], dict[str, Any]],
+        inherited: bool = False,
     ) -> None:
-        """`clock`: what a node that starts now is told of the machine's time."""
-        memory = with_memory(launch.memory)
-        self._opened = [fd for name, fd in memory.fds.items() if name not in launch.memory.fds]
+        """`clock`: what a node that starts now is told of the machine's time. `inherited`: the machine runs,
+        and `launch` has all its descriptors: see `adopt`."""
+        memory = launch.memory if inherited else with_memory(launch.memory)
+        self._opened = [fd for name, fd in memory.fds.items() if inherited or name not in launch.memory.fds]
         *devices, cpu = launch.others
-        self._journals = {spec.node: DeviceJournal.make(spec.node) for spec in devices}
-        self._listening = {spec.node: listen(launch.run_dir, spec.node) for spec in devices}
-        devices = [
-            replace(spec, fds={"journal": self._journals[spec.node], "listen": self._listening[spec.node]})
-            for spec in devices
-        ]
         rim = launch.rim
-        if rim is not None:
-            rim, devices = with_rings(rim, devices)
+        if not inherited:
+            devices = [_with_journal(launch, spec) for spec in devices]
+            if rim is not None:
+                rim, devices = with_rings(rim, devices)
+        self._journals = {spec.node: spec.fds["journal"] for spec in devices}
+        self._listening = {spec.node: spec.fds["listen"] for spec in devices}
         # as it is now, swaps included
         self.launch = replace(launch, memory=memory, others=(*devices, cpu), rim=rim)
         self.kept = Kept()  # for the rim: its sockets
@@ -105,6 +109,48 @@ class Processes:
         self.by_node[spec.node] = process = Process(child, spec.log, control=control)
         process.restarts.started(time.monotonic())
         self._endpoint.connect(spec.node)
+
+    def adopt(self, inherited: Inherited) -> None:
+        """Go on with the processes of a launcher that has gone. Those that have ended are buried as any."""
+        self.kept.fds = dict(inherited.deposit.kept)
+        logs = {spec.node: spec.log for spec in self._specs()}
+        for node, was in inherited.deposit.processes.items():
+            child = inherited.processes[node]
+            control = None if was.control is None else socket.socket(fileno=was.control)
+            process = Process(child, logs[node], was.ready, was_ready=True, swaps=was.swaps, control=control)
+            self.by_node[node] = process
+            process.restarts.count = was.restarts
+            self._endpoint.connect(node)
+        for child in inherited.strangers:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            if child.pid != inherited.processes[child.node].pid:
+                report.wait_for_end(child.pidfd)
+                os.close(child.pidfd)
+
+    @property
+    def met(self) -> bool:
+        """All that are ready have answered our connection."""
+        return all(not p.ready or self._endpoint.has_heard(node) for node, p in self.by_node.items())
+
+    def deposited(self) -> dict[str, DepositedProcess]:
+        """For `adopt`."""
+        return {
+            node: DepositedProcess(
+                process.child.pid,
+                process.ready,
+                process.swaps,
+                process.restarts.count,
+                None if process.control is None or process.control.fileno() < 0 else process.control.fileno(),
+            )
+            for node, process in self.by_node.items()
+        }
+
+    def leave(self) -> None:
+        """Another launcher has them."""
+        for fd in (*self._journals.values(), *self._listening.values(), *self._opened, *self.pidfds()):
+            os.close(fd)
+        self.kept.close()
 
     def show_last(self, node: str) -> None:
         """Where `ps` shows it."""
@@ -350,6 +396,12 @@ class Processes:
             return self._forkserver.fork(spec), ours
         finally:
             theirs.close()
+
+
+def _with_journal(launch: Launch, spec: ChildSpec) -> ChildSpec:
+    """A device with what outlives its processes."""
+    fds = {"journal": DeviceJournal.make(spec.node), "listen": listen(launch.run_dir, spec.node)}
+    return replace(spec, fds=fds)
 
 
 def _check_disks(spec: ChildSpec, settings: dict[str, Any]) -> None:

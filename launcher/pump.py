@@ -12,11 +12,14 @@ Records from it:  {"op": "connected"} | {"op": "until"} | {"op": "leave"} | {"op
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
 import socket
 import sys
+import termios
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from memory_node import wire
 STDIN, STDOUT, STDERR = 0, 1, 2
 PIECE = 64 << 10
 INPUT_LIMIT = 64 << 10  # unsent input kept; beyond it, standard input is not read
-ORPHAN_DRAIN_S = 2.0  # after the launcher's death; the socket ends as soon as the kernel has ended the UART
+ORPHAN_DRAIN_S = 2.0  # after the launcher's death; its socket ends as soon as the kernel has ended `consoles`
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +94,13 @@ class Pump:
                 break
         self.stop()
 
-    def leave(self) -> None:
-        """End it in order, although the console goes on."""
+    def leave(self, interrupt: int | None = None) -> None:
+        """End it in order, although the console goes on; `interrupt`: as of `finish`."""
         self._send({"op": "leave"})
-        while self.read() is not None:
-            pass
+        fds = [self.sock.fileno(), *([] if interrupt is None else [interrupt])]
+        while interrupt not in select.select(fds, [], [])[0]:
+            if self.read() is None:
+                break
         self.stop()
 
     def stop(self) -> None:
@@ -275,14 +280,26 @@ class _PumpProcess:
             self._terminal.restore()  # this once: from now on the terminal is the shell's
         self._finishing = True
         if self._console is not None:
-            self._console.settimeout(ORPHAN_DRAIN_S)
             with contextlib.suppress(OSError):
-                while piece := self._console.recv(PIECE):
-                    self._show(piece)
+                self._show_rest(self._console)
             self._console.close()
             self._console = None
         if was_raw:
             self._tidy()
+
+    def _show_rest(self, console: socket.socket) -> None:
+        """Up to the socket's end; where the machine goes on alone, up to what is there after a while."""
+        until = time.monotonic() + ORPHAN_DRAIN_S
+        while (left := until - time.monotonic()) > 0:
+            console.settimeout(left)
+            piece = console.recv(PIECE)
+            if not piece:
+                return
+            self._show(piece)
+        there = int.from_bytes(fcntl.ioctl(console, termios.FIONREAD, bytes(4)), sys.byteorder)
+        while there > 0 and (piece := console.recv(min(there, PIECE))):
+            there -= len(piece)
+            self._show(piece)
 
     def _restore(self) -> None:
         if self._raw and self._terminal is not None:

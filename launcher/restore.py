@@ -139,11 +139,14 @@ def _run_machine(
             facts=MachineFacts(index.origin.name, index.origin.file, index.origin.text, index.console,
                                index.host_cpu, tuple(disks)),
             restored=restored,
+            lock_fd=run_dir.lock_fd,
         )
         journal = Journal(name, options.log_level)
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
         log = run_dir.path.with_name(f"{name}.log")
         end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)
+        if end.left:
+            run_dir.leave()
         journal.tell_end(end.line)
         return end.status
 

@@ -1,9 +1,9 @@
 """The directory of one running machine: its sockets, its logs, and the lock that says it is alive.
 
 `<runtime>/<machine>/`, where runtime is $BACKPLANE_RUNTIME_DIR, else $XDG_RUNTIME_DIR/backplane, else
-/tmp/backplane-<uid>. The launcher holds a flock on `lock` as long as it lives; a directory whose lock
-is free belongs to a dead machine and is removed by whoever notices. The messages of a detached launcher are
-in `<runtime>/<machine>.log`, which stays.
+/tmp/backplane-<uid>. The launcher holds a flock on `lock` as long as it lives, and the fork server with it; a
+directory whose lock is free belongs to a dead machine and is removed by whoever notices. The messages of a
+detached launcher are in `<runtime>/<machine>.log`, which stays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RunDir:
 
     def __init__(self, path: Path, lock_fd: int) -> None:
         self.path = path
-        self._lock_fd = lock_fd
+        self.lock_fd = lock_fd
+        self._left = False
 
     @classmethod
     def create(cls, machine: str, longest_file_name: str) -> RunDir:
@@ -57,17 +58,29 @@ class RunDir:
             remedy = f"choose another name with --name, or stop it with `launcher down {machine}`"
             raise ConfigError(path, "", f"a machine named {machine!r} is running (launcher {pid})", remedy)
         _empty(path)
+        return cls.adopt(path, lock_fd)
+
+    @classmethod
+    def adopt(cls, path: Path, lock_fd: int) -> RunDir:
+        """Be the launcher of a locked directory."""
         os.ftruncate(lock_fd, 0)
         os.pwrite(lock_fd, str(os.getpid()).encode(), 0)
         return cls(path, lock_fd)
 
+    def leave(self) -> None:
+        """Another has it now: nothing of it is removed."""
+        self._left = True
+        os.close(self.lock_fd)
+
     def remove(self) -> None:
         """Delete the directory, then release the lock."""
+        if self._left:
+            return
         _empty(self.path)
         with contextlib.suppress(OSError):
             (self.path / LOCK).unlink()
             self.path.rmdir()
-        os.close(self._lock_fd)
+        os.close(self.lock_fd)
         if "BACKPLANE_RUNTIME_DIR" not in os.environ:
             with contextlib.suppress(OSError):
                 self.path.parent.rmdir()  # the last machine takes the root along

@@ -73,6 +73,8 @@ def run_machine(
             console=console_path(run_dir.path, plan.console) if plan.console else None,
             stop_on_reset=_stops(options, config),
             facts=_facts(plan),
+            outlive=options.outlive or config.machine.on_launcher_death == "run",
+            lock_fd=run_dir.lock_fd,
         )
         journal = Journal(config.machine.name, options.log_level)
         if first := first_translation(config):
@@ -80,6 +82,8 @@ def run_machine(
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
         log = run_dir.path.with_name(f"{config.machine.name}.log")
         end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)
+        if end.left:
+            run_dir.leave()
         journal.tell_end(end.line)
         return end.status
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bus.endpoint import Endpoint, Received
 from bus.frames import Attend, Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, StatsReply
@@ -19,6 +19,7 @@ from bus.link import console_path
 from devices.rim import NODE as RIM
 from launcher import report
 from launcher.commands import Commands
+from launcher.depositing import Depositing
 from launcher.errors import EXIT_DIED, EXIT_INPUT, EXIT_OK, EXIT_OUTPUT, EXIT_RESET, EXIT_SIGNAL, EXIT_TIMEOUT
 from launcher.forkserver import ForkServer
 from launcher.journal import Journal
@@ -31,10 +32,14 @@ from launcher.pump import Pump
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 
+if TYPE_CHECKING:
+    from launcher.reattach import Inherited
+
 LAUNCHER = "launcher"
 START_S = 60.0  # for all processes to say "ready"; a busy host is slow, not broken
 CONSOLE_S = 2.0  # for the console of a machine that ended while it started
 POLITE_S = 20.0  # for a process to end after Shutdown, on a busy host perhaps in the middle of its start
+MEET_NS = 5 * SECOND_NS  # for the processes of a machine that runs to answer; it goes on if they don't
 DELIVERIES = 3  # processes of `consoles` that may end in it
 ANSWER_NS = 5 * SECOND_NS
 RESET_KINDS = ("reset", "triple-fault")
@@ -45,20 +50,32 @@ class Supervisor:
     """Made when the run directory is ours; `live` blocks until the machine has ended."""
 
     def __init__(
-        self, launch: Launch, forkserver: ForkServer, pump: Pump | None, signals: Signals, journal: Journal
+        self,
+        launch: Launch,
+        forkserver: ForkServer,
+        pump: Pump | None,
+        signals: Signals,
+        journal: Journal,
+        inherited: Inherited | None = None,
     ) -> None:
+        """`inherited`: the machine runs already."""
         self._forkserver, self._pump = forkserver, pump
         self._signals, self._journal = signals, journal
         self._deadline_ns: int | None = None
         self._started_ns = time.monotonic_ns()
-        self._console_asked = self._console_open = False
-        self._endpoint = Endpoint(launch.run_dir, LAUNCHER)
+        self._console_asked = self._console_open = self._left = False
+        self._inherited = inherited
+        self._endpoint = Endpoint(launch.run_dir, LAUNCHER, afresh=True)
         self._pausing = Pausing(self._ask)
-        self._processes = Processes(launch, forkserver, self._endpoint, self._pausing.node_config)
+        self._processes = Processes(
+            launch, forkserver, self._endpoint, self._pausing.node_config, inherited is not None
+        )
+        self._depositing = Depositing(self._processes, self._pausing, forkserver)
         path = launch.run_dir / CONTROL
         self._commands = Commands(
-            path, self._processes, self._pausing, self._endpoint, self._ask, forkserver, pump
-        )
+            path, self._processes, self._pausing, self._endpoint, self._ask, forkserver, pump,
+            self._depositing.deposit,
+        )  # fmt: skip
 
     @property
     def _launch(self) -> Launch:
@@ -70,21 +87,31 @@ class Supervisor:
             self._deadline_ns = self._started_ns + int(timeout_s * SECOND_NS)
         try:
             try:
-                self._start()
+                self._begin()
             except MachineEnd as end:
                 if end.status == EXIT_OK:  # it has run, and come to its end before all were ready
                     on_ready()
                 raise
             on_ready()
             while True:
+                if (line := self._depositing.update()) is not None:
+                    self._journal.tell(line)
                 self._turn(None)
         except MachineEnd as end:
-            self._stop()
+            if not end.left:
+                self._stop()
+            self._left = end.left
             return end
         finally:
             self._destroy()
 
     # ---- start ---------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._start() if self._inherited is None else self._go_on_with(self._inherited)
+        if self._pump is not None and self._launch.console is not None:
+            self._wait_for(lambda: self._console_open, START_S, "the console did not open")
+        self._depositing.begin(self._started_ns)
 
     def _start(self) -> None:
         self._endpoint.bind()
@@ -96,7 +123,7 @@ class Supervisor:
         self._wait_for(lambda: self._processes.by_node[MEMORY].ready, START_S, "memory is not ready")
         restored = self._launch.restored
         if restored is None:
-            self._load_images()
+            load_images(self._launch.memory, self._launch.images)
         *devices, cpu = self._launch.others
         for spec in (cpu, *devices):  # the CPU node has most to do before it is ready
             self._processes.fork(spec)
@@ -112,8 +139,17 @@ class Supervisor:
             if not restored.stay_paused:
                 self._go_on()
         self._processes.pin()
-        if self._pump is not None and self._launch.console is not None:
-            self._wait_for(lambda: self._console_open, START_S, "the console did not open")
+
+    def _go_on_with(self, inherited: Inherited) -> None:
+        """Be the launcher of a machine that runs."""
+        self._started_ns = inherited.deposit.started_ns
+        self._endpoint.bind()
+        self._pausing.take_over(inherited.deposit.offset_ns, inherited.deposit.clock_ns)
+        self._processes.adopt(inherited)
+        until_ns = time.monotonic_ns() + MEET_NS
+        while not self._processes.met and (left_ns := until_ns - time.monotonic_ns()) > 0:
+            self._turn(left_ns)
+        self._open_console()
 
     def _open_console(self) -> None:
         """Show the console that is to be shown, once its device and the process with its socket are ready."""
@@ -123,9 +159,6 @@ class Supervisor:
         if self._pump is not None and path is not None and not self._console_asked and RIM in ready and shown:
             self._console_asked = True
             self._pump.connect(path)
-
-    def _load_images(self) -> None:
-        load_images(self._launch.memory, self._launch.images)
 
     def _wait_for(
         self, condition: Callable[[], bool], timeout_s: float, failure: str | Callable[[], str]
@@ -285,7 +318,7 @@ class Supervisor:
             self._request(CPU, Reset())  # with no registers to start from: stay in reset
             for node in self._processes.devices:
                 self._request(node, Reset())
-            self._load_images()
+            load_images(self._launch.memory, self._launch.images)
             self._request(CPU, Reset(dict(self._launch.start)))
         except RuntimeError as e:
             self._turn(0)  # if one died, its pidfd says so
@@ -384,6 +417,9 @@ class Supervisor:
 
     def _destroy(self) -> None:
         """Whatever state things are in: no process, no terminal in raw mode, no open socket afterwards."""
+        if self._left:
+            self._leave()
+            return
         self._forkserver.stop()
         self._processes.close()
         if self._pump is not None:
@@ -391,6 +427,17 @@ class Supervisor:
         self._journal.console_ended()
         self._commands.close()
         self._endpoint.close(linger_ms=0)  # there is nobody left to send to
+
+    def _leave(self) -> None:
+        """Another launcher goes on, and doesn't wait for who reads our output."""
+        self._commands.close()
+        self._endpoint.acknowledge()
+        self._endpoint.close()
+        self._processes.leave()
+        self._forkserver.leave()
+        if self._pump is not None:
+            self._pump.leave(self._signals.descriptor)
+        self._journal.console_ended()
 
     def _uptime_s(self) -> float:
         return (time.monotonic_ns() - self._started_ns) / SECOND_NS

@@ -15,8 +15,10 @@ from launcher.daemon import OnReady, run_in_background
 from launcher.entries import EntryPoints
 from launcher.errors import EXIT_OK
 from launcher.forkserver import ForkServer
+from launcher.keeper import SOCKET
 from launcher.options import UpOptions
 from launcher.pump import Pump, PumpOptions
+from launcher.rundir import runtime_root
 
 if TYPE_CHECKING:
     from launcher.checks import HostFacts
@@ -40,6 +42,13 @@ def _run(
     facts: Callable[[], HostFacts] | None,
     ready: OnReady | None,
 ) -> int:
+    for socket in runtime_root().glob(f"*/{SOCKET}"):
+        if socket.parent.name == _name(options):
+            from launcher.reattach import here, reattach
+
+            now = here(socket.parent)
+            if now is not None:
+                return reattach(options, socket.parent, now, ready)
     with contextlib.ExitStack() as cleanup:
         forkserver = ForkServer.start(entries.preload())
         cleanup.callback(forkserver.stop)
@@ -57,3 +66,12 @@ def _run(
 
         known = facts or HostFacts.of_this_host
         return run_machine(options, entries, known, forkserver, pump, tsc, load, ready)
+
+
+def _name(options: UpOptions) -> str:
+    """Of the machine; ConfigError for what is wrong with its file."""
+    if options.name is not None:
+        return options.name
+    from launcher.config import read_config
+
+    return read_config(options.file, options.name).machine.name

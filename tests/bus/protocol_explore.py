@@ -156,10 +156,10 @@ LARGER = {
     "crashes, connections": Scenario("da", crashes=2, breaks=2),
     "swap, crashes": Scenario("dai", window=2, crashes=2, swaps=1),
     "three crashes": Scenario("dpD", window=2, crashes=3),
-    "begins anew, all": Scenario("da", renewals=1, crashes=1, breaks=1, late=1),
-    "begins anew, bound, all": Scenario("da", renewals=1, crashes=1, breaks=1, late=1, cpu_bound=True),
-    "begins anew twice": Scenario("dar", window=2, renewals=2, late=1),
-    "begins anew twice, bound": Scenario("dar", window=2, renewals=2, late=1, cpu_bound=True),
+    "anew, connection": Scenario("da", renewals=1, breaks=1, late=1),
+    "anew, bound, crash": Scenario("da", renewals=1, crashes=1, late=1, cpu_bound=True),
+    "begins anew twice": Scenario("dr", window=2, renewals=2, late=1),
+    "anew twice, bound": Scenario("dr", window=2, renewals=2, late=1, cpu_bound=True),
     "four frames": Scenario("daio", window=2, crashes=1, breaks=1),
 }
 

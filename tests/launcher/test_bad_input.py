@@ -315,7 +315,9 @@ def test_a_second_machine_of_the_same_name(
 ) -> None:
     first = launcher("idle", "up", machine_file)
     first.read_until("hello")
-    second = launcher("idle", "up", machine_file)
+    another = machine_file.with_name("another.toml")
+    another.write_text(machine_file.read_text() + "# another\n")
+    second = launcher("idle", "up", another)
     assert second.finish() == 2
     assert_one_line(second.errors.decode(), f"a machine named 'fake' is running (launcher {first.pid})")
     third = launcher("poweroff", "up", "--name", "other", machine_file)

@@ -8,6 +8,7 @@ and a send may swallow the news, so `_suspects` keeps the sockets whose events m
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import time
@@ -239,7 +240,7 @@ class Endpoint:
         """All streams, by who sends to us and by whom we connected to: what a new process of this node
         loads."""
         return (
-            {identity.decode(NAMES): stream.to_plain() for identity, stream in self._asked.items()},
+            {_name(identity): stream.to_plain() for identity, stream in self._asked.items()},
             {peer: stream.to_plain() for peer, stream in self._asking.items()},
         )
 
@@ -378,6 +379,11 @@ class Endpoint:
                 raise
             return False
         return True
+
+
+@functools.cache
+def _name(identity: bytes) -> str:
+    return identity.decode(NAMES)
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:

@@ -9,6 +9,7 @@ written takes no memory. Left out: the end of the host (a snapshot is for that).
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from typing import Any, NamedTuple
@@ -56,7 +57,12 @@ class InputKey(NamedTuple):
     number: int
 
     def to_word(self) -> int:
-        return crc32(self.source.encode()) << 31 | self.number & 0x7FFF_FFFF
+        return _crc(self.source) << 31 | self.number & 0x7FFF_FFFF
+
+
+@functools.cache
+def _crc(source: str) -> int:
+    return crc32(source.encode())
 
 
 class Journal:
@@ -71,6 +77,7 @@ class Journal:
             raise BadJournal("not a journal of this version")
         self._words[_MAGIC] = MAGIC
         self._begun: int | None = None  # the word of the step that this process has begun
+        self._unfinished = any(self._words[_BEGUN : _BEGUN + 2 * _UNFINISHED])  # there may be such of others
         self._encoder = msgspec.msgpack.Encoder()
 
     @staticmethod
@@ -84,6 +91,12 @@ class Journal:
         """A step about this input begins; how often it has begun, this time included, without being
         committed."""
         words, word = self._words, key.to_word()
+        if not self._unfinished and self._begun is None:
+            words[_BEGUN] = word  # the count is 0
+            words[_BEGUN + 1] = 1
+            self._begun = _BEGUN
+            return 1
+        self._unfinished = True
         pairs = range(_BEGUN, _BEGUN + 2 * _UNFINISHED, 2)
         at = next((at for at in pairs if words[at] == word), None)
         if at is None:
@@ -116,7 +129,7 @@ class Journal:
         if record is None:
             return
         asked, asking = record.streams
-        self._begun = None
+        self._begun, self._unfinished = None, True
         self.commit(msgspec.structs.astuple(
             msgspec.structs.replace(record, streams=(asked, {**asking, peer: stream}))
         ), done)  # fmt: skip

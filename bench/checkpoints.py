@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import median
 
 from bench import boot
-from bench.load import Load
 from bench.machine import Machine, running
 from bench.torture.report import write
 
@@ -106,7 +105,7 @@ def measure(machines: dict[bool, Machine], rounds: int) -> list[Row]:
     return measured
 
 
-def table(measured: Sequence[Row], others_cores: float) -> str:
+def table(measured: Sequence[Row]) -> str:
     """In Markdown."""
     lines = ["| | with journals | without | with / without (spread) | asked |", "|---|---|---|---|---|"]
     for row in measured:
@@ -116,7 +115,7 @@ def table(measured: Sequence[Row], others_cores: float) -> str:
         speeds = f"{on:.3g} {row.unit} | {off:.3g} {row.unit}"
         lines.append(f"| {row.name} | {speeds} | {spread} | {row.asked:g} |")
     pairs = len(measured[0].times_s[True])
-    lines += ["", f"{pairs} pairs of each; other work kept {others_cores:.1f} cores busy."]
+    lines += ["", f"{pairs} pairs of each."]
     return "\n".join(lines)
 
 
@@ -125,7 +124,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--document", type=Path, help="write the table into this Markdown file")
     options = parser.parse_args()
-    load = Load()
     with tempfile.TemporaryDirectory(prefix="backplane-") as name:
         folder = Path(name)
         with (
@@ -133,7 +131,7 @@ def main() -> int:
             running(str(machine(folder, "off", False))) as off,
         ):
             measured = measure({True: on, False: off}, options.rounds)
-    text = table(measured, load.others_cores())
+    text = table(measured)
     print(text)
     if options.document:
         write(options.document, text, BEGIN, END)

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.load import Load
 from bench.machine import NAME, running
 from launcher.control import ask
 from launcher.tsc_unsafe import TscClock
@@ -156,7 +155,7 @@ def main() -> None:
 
 def measure(control: Path, memory: Path, swaps: int, kills: int, seed: int) -> None:
     """Swap and kill in random order, print the table."""
-    rng, load = random.Random(seed), Load()
+    rng = random.Random(seed)
     clock = TscClock()
     time.sleep(0.2)
     with memory.open("rb") as file:
@@ -192,8 +191,7 @@ def measure(control: Path, memory: Path, swaps: int, kills: int, seed: int) -> N
             calm_ns = longest(reads, device, lambda device: time.sleep(0.1))
             pauses["no fault"].setdefault(device, []).append(calm_ns)
     trip_ns = sorted(trips)[len(trips) // 2]
-    print(f"bus round trip, median of {len(trips)}: {trip_ns / 1000:.0f} us; "
-          f"other work kept {load.others_cores():.1f} cores busy")
+    print(f"bus round trip, median of {len(trips)}: {trip_ns / 1000:.0f} us")
     print(f"{'':26}{'':6}{'p50 ms':>9}{'p99 ms':>9}{'max ms':>9}{'p50 x':>8}{'p99 x':>8}{'max x':>8}")
     for kind, by_device in pauses.items():
         every = [pause for times in by_device.values() for pause in times]

@@ -17,7 +17,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.load import Load as HostLoad
 from bench.torture import guest, report
 from bench.torture.faults import Plan
 from bench.torture.run import CALM_S, DEVICES, Torture
@@ -43,7 +42,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all kills and swaps into this file")
     parser.add_argument("--document", type=Path, help="write the result into this Markdown file")
     options = parser.parse_args()
-    began, host = time.monotonic(), HostLoad()
+    began = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:6.1f}  {line}", flush=True)
@@ -52,7 +51,7 @@ def main() -> int:
     plans = [Plan.make(kind, count, options.devices, options.apart, options.seed)
              for kind, count in (("kill", options.kills), ("swap", options.swaps))]  # fmt: skip
     torture.run(plans, options.minutes)
-    text = result(torture, options.seed, host.others_cores())
+    text = result(torture, options.seed)
     print(text)
     for line in torture.wrong:
         print(f"torture: {line}", file=sys.stderr)
@@ -63,7 +62,7 @@ def main() -> int:
     return 1 if torture.wrong else 0
 
 
-def result(torture: Torture, seed: int, others_cores: float) -> str:
+def result(torture: Torture, seed: int) -> str:
     """In Markdown."""
     done = torture.faults.done
     kills = [fault for fault in done if fault.kind == "kill"]
@@ -74,8 +73,7 @@ def result(torture: Torture, seed: int, others_cores: float) -> str:
         f"Seed {seed}: {len(kills)} kills and {len(done) - len(kills)} swaps in {torture.minutes:.1f}"
         f" minutes, {len(torture.wrong)} faults. {torture.faults.refused} swaps were refused because a kill"
         f" met them, and asked for again; {unknown} kills met a process that was being replaced, or stood by."
-        f" Bus round trip, the CPU's median: {trip_ns / 1000:.0f} us."
-        f" Other work kept {others_cores:.1f} cores busy.",
+        f" Bus round trip, the CPU's median: {trip_ns / 1000:.0f} us.",
         "",
         report.table(done, trip_ns),
         "",

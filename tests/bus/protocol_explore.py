@@ -134,7 +134,7 @@ def walk(scenario: Scenario, seed: int, rules: Rules = Rules(), calm: float = 20
     return len(trace)
 
 
-# What `make test` goes through: below a minute in all.
+# What `make test` goes through: about a minute in all.
 SCENARIOS = {
     "crashes": Scenario("dDa", window=2, crashes=2),
     "crash, connection": Scenario("dar", window=2, crashes=1, breaks=1, late=1),

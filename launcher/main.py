@@ -408,9 +408,23 @@ def _version() -> int:
     return EXIT_OK
 
 
+def _reader_gone() -> bool:
+    """Whether nobody reads our standard output any more."""
+    import select
+
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run() -> NoReturn:
     """The command `launcher`. It ends at once: what an interpreter does in the end only takes time."""
-    status = main()
+    try:
+        status = main()
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        os._exit(EXIT_OUTPUT)  # `launcher ps | head`
     try:
         sys.stdout.flush()
         sys.stderr.flush()

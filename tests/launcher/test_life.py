@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launcher.errors import EXIT_OUTPUT
 from launcher.report import COLUMNS
-from tests.launcher.conftest import Command, assert_nothing_left, machine_text, wait_running, wait_until
+from tests.launcher.conftest import ROOT, Command, assert_nothing_left, machine_text, wait_running, wait_until
 
 Start = Callable[..., Command]
 
@@ -404,3 +407,13 @@ def test_help_says_how(command: str, launcher: Start) -> None:
     if not command:
         for words in ("Ctrl-] then q leaves", "exit status:", "BACKPLANE_RUNTIME_DIR", "--timeout passed"):
             assert words in text
+
+
+def test_a_reader_that_goes_ends_a_command_quietly(machine_file: Path) -> None:
+    """`launcher check ... | head -0`, the text leaving line by line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", "-m", "launcher.main", "check", str(machine_file)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False, timeout=240)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (EXIT_OUTPUT, b"")

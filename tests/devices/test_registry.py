@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -159,3 +160,12 @@ def test_a_setting_of_a_channel_may_have_any_name(tmp_path: Path) -> None:
         PORTS = (PortRange("regs", 4),)
 
     assert make_settings(Sideways, {"side": "console"}).side == "console"
+
+
+def test_a_file_edited_within_a_second_is_loaded_as_it_is_now(tmp_path: Path) -> None:
+    file = tmp_path / "edited.py"
+    text = "from devices.rtc_cmos import RtcCmos\n\n\nclass Mine(RtcCmos):\n    MARK = {}\n"
+    for mark in (1, 2):
+        file.write_text(text.format(mark))
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert vars(load_class(f"{file}:Mine"))["MARK"] == mark

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -162,7 +163,10 @@ def test_a_setting_of_a_channel_may_have_any_name(tmp_path: Path) -> None:
     assert make_settings(Sideways, {"side": "console"}).side == "console"
 
 
-def test_a_file_edited_within_a_second_is_loaded_as_it_is_now(tmp_path: Path) -> None:
+def test_a_file_edited_within_a_second_is_loaded_as_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "edited.py"
     text = "from devices.rtc_cmos import RtcCmos\n\n\nclass Mine(RtcCmos):\n    MARK = {}\n"
     for mark in (1, 2):

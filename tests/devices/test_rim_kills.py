@@ -18,7 +18,7 @@ import pytest
 from bus.endpoint import Endpoint
 from bus.link import console_path
 from devices.backends import RingBackEnd
-from devices.consoles import make_table
+from devices.consoles import BEHIND_MAX, make_table
 from devices.journal import Journal
 from devices.ring import ChannelRings, make_wake, wake
 from launcher.entries import Preload
@@ -27,6 +27,7 @@ from launcher.keeping import Kept
 from launcher.swapping import SwapRefused, swap
 
 PIECE = 4096
+AHEAD_MAX = BEHIND_MAX // 4  # bytes that the device is ahead of a client: who doesn't read is hung up on
 PATIENCE_S = 240.0  # a bound on hanging, not an expectation
 
 
@@ -155,10 +156,12 @@ class Talk:
         self.heard, self.seen = Checker(), [Checker(), Checker()]
         self.said = self.typed = 0  # bytes
         self._stopping = threading.Event()
+        self._all_said = self._all_typed = False  # nothing will be added to `said`, to `typed`
+        self.failed: list[str] = []  # what a thread ended with
         self._clients = [attach(consoles), attach(consoles)]
         jobs: list[Callable[[], None]] = [self._device, self._type]
         jobs += [lambda n=n: self._read(n) for n in range(2)]
-        self._threads = [threading.Thread(target=job) for job in jobs]
+        self._threads = [threading.Thread(target=self._guarded, args=(job,)) for job in jobs]
         for thread in self._threads:
             thread.start()
 
@@ -171,12 +174,21 @@ class Talk:
             client.close()
 
     def wrong(self) -> bool:
-        return any(checker.wrong >= 0 for checker in (self.heard, *self.seen))
+        return bool(self.failed) or any(checker.wrong >= 0 for checker in (self.heard, *self.seen))
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        """The other threads end, too, when one fails."""
+        try:
+            job()
+        except Exception as error:
+            self.failed.append(f"{job}: {error!r}")
 
     def _device(self) -> None:
         consoles, numbers, rest = self._consoles, Numbers(), b""
         while not self.wrong():
-            if not rest and not self._stopping.is_set():
+            if self._stopping.is_set():
+                self._all_said = True
+            elif not rest and self.said - min(seen.count for seen in self.seen) < AHEAD_MAX:
                 rest = numbers.text()
                 self.said += len(rest)
             before = len(rest)
@@ -185,7 +197,7 @@ class Talk:
             if piece := consoles.device.take(997):
                 self.heard.feed(piece)
             elif len(rest) == before:
-                if self._stopping.is_set() and not rest and self.heard.count == self.typed:
+                if self._all_typed and not rest and self.heard.count == self.typed:
                     return
                 select.select([consoles.wake_device], [], [], 0.01)
                 consoles.device.ready({consoles.wake_device}, set())
@@ -196,10 +208,11 @@ class Talk:
             text = numbers.text()
             self.typed += len(text)
             self._clients[0].sendall(text)
+        self._all_typed = True
 
     def _read(self, number: int) -> None:
         client, seen = self._clients[number], self.seen[number]
-        while not self.wrong() and not (self._stopping.is_set() and seen.count == self.said):
+        while not self.wrong() and not (self._all_said and seen.count == self.said):
             if select.select([client], [], [], 0.01)[0]:
                 piece = client.recv(20_000)
                 assert piece, "hung up on"
@@ -221,6 +234,7 @@ def test_numbers_both_ways(seed: int, consoles: Consoles) -> None:
                 break
     finally:
         talk.finish()
+    assert not talk.failed
     assert [c.wrong for c in (talk.heard, *talk.seen)] == [-1, -1, -1]
     assert [c.count for c in (talk.heard, *talk.seen)] == [talk.typed, talk.said, talk.said]
     assert min(talk.typed, talk.said) > PIECE

@@ -35,7 +35,7 @@ help:
 
 # Bytecode is made here: where PYTHONDONTWRITEBYTECODE is set no start would, and each would compile all sources.
 setup: $(INSTALLED)
-	@$(PY) -m compileall -q bus cpu_node devices launcher memory_node
+	@$(PY) -m compileall -q bus cpu_node devices launcher memory_node tracing
 
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one or say make PYTHON=..." >&2; exit 2; }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("bench", "bus", "cpu_node", "devices", "launcher", "memory_node", "tests")
+OURS = ("bench", "bus", "cpu_node", "devices", "launcher", "memory_node", "tests", "tracing")
 
 # package -> the modules of ours that it may import, apart from its own
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -17,8 +17,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "devices": ("bus",),
     "memory_node": ("bus",),
     "cpu_node": ("bus", "memory_node.client"),
-    "launcher": ("bus", "cpu_node", "devices", "memory_node"),
-    "bench": ("bus", "cpu_node", "devices", "launcher", "memory_node"),
+    "launcher": ("bus", "cpu_node", "devices", "memory_node", "tracing"),
+    "bench": ("bus", "cpu_node", "devices", "launcher", "memory_node", "tracing"),
+    "tracing": ("bus",),
 }
 RAW_MEMORY = {"ctypes", "_ctypes", "cffi"}
 

@@ -128,7 +128,7 @@ def test_every_kind_shows_all_its_fields(tmp_path: Path) -> None:
                 filters[cls, words[1]] = "backplane." + words[5]
     parts = [f"backplane.{part}" for part in ("region", "offset", "width", "value")]
     names = sorted({*filters.values(), *parts})
-    head = [f"backplane.{part}" for part in ("version", "kind", "seq", "ack", "trace", "span", "clock", "name")]
+    head = [f"backplane.{x}" for x in ("version", "kind", "seq", "ack", "trace", "span", "clock", "name")]
     other = [f"backplane.{name}" for name in ("sender", "receiver", "wait", "handling")]
     other += ["frame.time_epoch", "_ws.malformed", "_ws.expert", "_ws.col.Info"]
     path = written(tmp_path / "t.pcapng", [(n & 1, noted(frame, span=n)) for n, frame in enumerate(frames)])

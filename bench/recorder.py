@@ -39,7 +39,7 @@ def main() -> None:
     pieces = [(0x1000 * n, 512, False) for n in range(8)]
     calls: dict[str, Callable[[], object]] = {
         "nothing": lambda: None,
-        "an access of the guest": lambda: noted.access(1, place, 0x3F8, 65, 1),
+        "an access of the guest": lambda: noted.access(1, place, 0x3F8, 65),
         "a frame of 100 bytes": lambda: noted.frame(b"cpu0.io", frame, 1),
         "that it is done": lambda: noted.done(done),
         "a vector": lambda: noted.short(recorder.VECTOR, 0x30, 0xC0001234),

@@ -14,6 +14,7 @@ from bus.codec import BadFrame
 from bus.counters import Counters
 from bus.frames import Frame, Ping, PostedBatch, PostedWrite, Read, Refused
 from bus.link import Link
+from bus.recorder import ASK, BATCH, Instruction, Recorder
 from bus.stream import Need, Stream, id_source
 
 BATCH_WRITES = 64
@@ -46,6 +47,8 @@ class Asking:
         self.deadline_ns = deadline_ns
         self.deadline_ms = max(1, deadline_ns // 1_000_000)
         self._on_late = on_late
+        self.recorder: Recorder | None = None  # while what is asked is to be noted
+        self.instruction: Instruction  # set with it
         self.synchronous = self.posted = self.batches = self.refused = 0
 
     def flush(self) -> None:
@@ -78,11 +81,12 @@ class LatchState:
 class Target:
     """One device as the CPU thread sees it."""
 
-    __slots__ = ("_asking", "_link", "_live", "_looked", "_resumes", "_stream", "batch", "dirty", "last",
-                 "latches", "node", "oldest_ns", "posted")  # fmt: skip
+    __slots__ = ("_asking", "_link", "_live", "_looked", "_name", "_resumes", "_stream", "batch", "dirty",
+                 "last", "latches", "node", "oldest_ns", "posted")  # fmt: skip
 
     def __init__(self, node: str, link: Link, asking: Asking) -> None:
         self.node = node
+        self._name = node.encode()
         self.batch: list[PostedWrite] = []  # always this list: writers hold its append
         self.oldest_ns = 0  # when the first write entered the batch
         self.dirty = False  # posted writes may not have taken effect yet
@@ -149,6 +153,8 @@ class Target:
         span = next(asking.ids)
         for _ in writes[1:]:  # every write has a span: the batch's and those after it
             next(asking.ids)
+        if asking.recorder is not None:
+            asking.recorder.long(BATCH, len(writes), self.node, asking.now_ns(), span)
         self._send(PostedBatch(writes), span)
         self._take_all(0)
 
@@ -183,6 +189,10 @@ class Target:
         for _ in carried:
             next(asking.ids)
         started_ns = asking.now_ns()
+        if asking.recorder is not None:
+            if carried:
+                asking.recorder.long(BATCH, len(carried), self.node, started_ns, span)
+            asking.recorder.long(ASK, asking.instruction.at, self.node, started_ns, span)
         self._send(frame, span)
         reply = self._await(frame, span, started_ns)
         asking.counters.latency.add(asking.now_ns() - started_ns)
@@ -269,6 +279,8 @@ class Target:
                     self._link.send(again)
             return None
         header, frame = decoded
+        if self._asking.recorder is not None:
+            self._asking.recorder.frame(self._name, data, self._asking.now_ns())
         if header.span == span:
             return frame
         if (acknowledgement := stream.acknowledgement()) is not None:

@@ -22,6 +22,7 @@ from bus.codec import BadFrame
 from bus.counters import Counters
 from bus.frames import Frame, Header, Refused
 from bus.link import make_dealer, make_router, socket_path
+from bus.recorder import Recorder
 from bus.stream import Need, Plain, Positions, Stream, id_source
 
 FAIR_SHARE = 64  # frames taken from one socket before the others have their turn
@@ -85,6 +86,8 @@ class Endpoint:
         self._suspects: set[int] = set()  # descriptors of sockets that may hold frames
         self._live: set[str] = set()  # peers that have answered our connection
         self.connections: dict[str, int] = {}  # who has connected to us -> when, the last time
+        self.recorder: Recorder | None = None  # notes the frames that are taken
+        self._noted = 0  # where that is done with the last one
         self._held: list[tuple[str | bytes, bytes]] | None = None  # to a peer, or to who connected to us
 
     def prepare(self, peers: Iterable[str]) -> None:
@@ -201,7 +204,10 @@ class Endpoint:
                     break
                 received = self._from_router(socket) if peer is None else self._from_dealer(peer, socket)
                 if received is not None:
+                    noted, self._noted = self._noted, 0
                     yield received
+                    if noted and self.recorder is not None:
+                        self.recorder.done(noted)
                     self._acknowledge(received)  # by now it is dealt with
 
     def acknowledge(self) -> None:
@@ -322,7 +328,9 @@ class Endpoint:
                 self._to_router(identity, data)
             return None
         header, frame = decoded
-        self.counters.latency.add(self.now_ns() - header.clock_ns)
+        taken_ns = self.now_ns()
+        self.counters.latency.add(taken_ns - header.clock_ns)
+        self._note(identity, parts[0], taken_ns)
         return Received(identity.decode(NAMES), header, frame, asked=True)
 
     def _from_dealer(self, peer: str, dealer: zmq.Socket[bytes]) -> Received | None:
@@ -341,7 +349,12 @@ class Endpoint:
             for data in stream.repeat() if decoded is Need.REPEAT else (stream.resume(),):
                 self._to_dealer(peer, data)
             return None
+        self._note(peer.encode(NAMES), parts[0], self.now_ns())
         return Received(peer, *decoded, asked=False)
+
+    def _note(self, peer: bytes, data: bytes, taken_ns: int) -> None:
+        if self.recorder is not None and self.recorder.on:
+            self._noted = self.recorder.frame(peer, data, taken_ns)
 
     def _acknowledge(self, received: Received) -> None:
         if received.asked:

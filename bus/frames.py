@@ -271,6 +271,10 @@ class Attend(Frame, frozen=True):
     node: str
 
 
+class Recording(Frame, frozen=True):
+    """Whether to note what happens has changed: look at the trace ring. Launcher -> CPU node."""
+
+
 class Refused(Frame, frozen=True):
     """The answer to a frame that is malformed or can't be served; `reason` is one line."""
 
@@ -316,5 +320,6 @@ TABLE: dict[int, tuple[type[Frame], Direction]] = {
     47: (Ack, "one-way"),
     48: (Resume, "one-way"),
     49: (Attend, "one-way"),
+    50: (Recording, "one-way"),
 }
 KIND_OF: dict[type[Frame], int] = {cls: kind for kind, (cls, _) in TABLE.items()}

@@ -23,6 +23,7 @@ from bus.asking import AccessRefused, Asking, DeviceGone, LatchState, OnLate, Ta
 from bus.binding import Binder, Bindings, OnOpenBus
 from bus.frames import Eoi, IntAck, IntAckReply, StringIn, StringInReply, StringOut, StringOutReply
 from bus.link import Link, ZmqLink
+from bus.recorder import Instruction, Recorder
 from bus.stream import Positions
 
 __all__ = ["AccessRefused", "DeviceGone", "IoClient", "OnLate", "OnOpenBus"]
@@ -151,6 +152,10 @@ class IoClient:
     def positions(self) -> Positions:
         """Of the connections to all devices."""
         return {f"{self._name}>{node}": target.positions() for node, target in self._targets.items()}
+
+    def note(self, recorder: Recorder | None, instruction: Instruction) -> None:
+        """Note from now on what the accesses lead to, or nothing; see bus/noted_io.py, which notes them."""
+        self._asking.recorder, self._asking.instruction = recorder, instruction
 
     @property
     def nodes(self) -> list[str]:

@@ -18,7 +18,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 PAGE = 4096  # of header, before the blocks
@@ -48,20 +48,25 @@ class BadRing(ValueError):
     """Memory that is no ring of this version."""
 
 
-def make(name: str, blocks: int) -> int:
-    """A new ring of `blocks` blocks, at least 4, that is recorded to: its descriptor. Pages that are never
-    written cost nothing."""
+def make(name: str, blocks: int, on: bool = True) -> int:
+    """A new ring of `blocks` blocks, at least 4: its descriptor. Pages that are never written cost nothing.
+    `on`: it is recorded to from the start."""
     assert blocks >= 4
     fd = os.memfd_create(f"trace:{name}", os.MFD_CLOEXEC)
     os.ftruncate(fd, PAGE + blocks * BLOCK)
-    os.pwrite(fd, struct.pack("<5Q", MAGIC, VERSION, blocks, 0, 1), 0)
+    os.pwrite(fd, struct.pack("<5Q", MAGIC, VERSION, blocks, 0, on), 0)
     return fd
+
+
+def attached(fds: Mapping[str, int], title: str, name: str = "trace") -> Recorder | None:
+    """The writer of the ring that a process was given under this name, if it was. BadRing."""
+    return Recorder(fds[name], title) if name in fds else None
 
 
 class Recorder:
     """The writing side. One thread; a successor's begins when that of the process before it has ended."""
 
-    __slots__ = ("_at", "_base", "_bytes", "_count", "_cr3", "_end", "_size", "_words", "on")
+    __slots__ = ("_at", "_base", "_bytes", "_count", "_cr3", "_end", "_halves", "_size", "_words", "on")
 
     def __init__(self, fd: int, title: str) -> None:
         """`fd`: of make(), stays the caller's. `title`: of the process. Raises BadRing."""
@@ -70,6 +75,7 @@ class Recorder:
             raise BadRing("a trace ring is too short")
         self._bytes = memoryview(mmap.mmap(fd, size))
         words = self._words = self._bytes.cast("Q")
+        self._halves = self._bytes.cast("I")
         if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION) or PAGE + words[H_BLOCKS] * BLOCK != size:
             raise BadRing(f"no trace ring of version {VERSION}")
         self._size = words[H_BLOCKS] * BLOCK
@@ -112,19 +118,25 @@ class Recorder:
         """All that the step of `frame`, `step` or `disk` asked for is done."""
         self._words[place] = now_ns()
 
-    def access(self, flags: int, instruction: Instruction, address: int, value: int, at_ns: int) -> None:
-        """The guest has accessed a register. `flags`: see ACCESS; `at_ns`: when it began."""
+    def access(self, flags: int, instruction: Instruction, address: int, value: int) -> int:
+        """The guest accesses a register. `flags`: see ACCESS; `value`: 0 for a read, and what is returned is
+        for `value`."""
         at = self._at
         if at + 40 > self._end:
             at = self._next_block()
         if instruction.cpu.cr3 != self._cr3:
             self._cr3 = instruction.cpu.cr3
-            _SHORT(self._bytes, at, 2, SPACE, 0, self._cr3, at_ns)
+            _SHORT(self._bytes, at, 2, SPACE, 0, self._cr3, now_ns())
             at += 16
-        _ACCESS(self._bytes, at, 3, ACCESS, flags, instruction.at, address, value, at_ns)
+        _ACCESS(self._bytes, at, 3, ACCESS, flags, instruction.at, address, value, now_ns())
         self._at = end = at + 24
         self._count += 1
         self._words[H_TAIL] = self._base + end
+        return at + 12 >> 2
+
+    def value(self, place: int, value: int) -> None:
+        """What was read."""
+        self._halves[place] = value
 
     def short(self, kind: int, flags: int, value: int) -> None:
         """A record of 16 bytes, with the time: VECTOR, EOI."""
@@ -194,10 +206,10 @@ BLOCK_BEGINS = 18  # how many records (of other kinds than this and SPACE) were 
 PROCESS = 1  # a process begins to write. number: pid; time; name: its title
 FRAME = 2  # a frame was taken (and, by a device, dealt with: a step). number: its length; flags: length of
 #            the peer's name; taken, done; name, then the frame, see bus/codec.py, or its first DATA_MAX bytes
-ACCESS = 3  # flags: see below; number: EIP; address (32), value (32); time at which it began
+ACCESS = 3  # flags: see below; number: EIP; address (32), value (32); time. Then comes what it leads to
 SPACE = 4  # number: CR3 of the accesses and vectors that follow; time
 ASK = 5  # the CPU waits for an answer. number: EIP; time, span of the request; name: of the device
-BATCH = 6  # the last posted accesses to a device leave. number: how many; time, span; name: of the device
+BATCH = 6  # posted accesses to a device leave. number: entries; time, span; name: of the device
 VECTOR = 7  # an interrupt is delivered. flags: vector; number: EIP of the interrupted; time
 EOI = 8  # at the local APIC. flags: vector; number: EIP; time
 TIMER = 9  # a step. time, done, trace, deadline (machine's clock); name: of the timer

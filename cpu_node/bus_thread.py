@@ -19,6 +19,7 @@ from typing import Any
 
 from bus.endpoint import Endpoint, Received
 from bus.frames import Frame, PauseReply, Ping, Pong, Stats
+from bus.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ log = logging.getLogger(__name__)
 class BusThread:
     """Made by the CPU thread, which blocks SIGALRM first: threads inherit that."""
 
-    def __init__(self, run_dir: str, node: str, launcher: str, waits: Callable[[], bool]) -> None:
+    def __init__(
+        self, run_dir: str, node: str, launcher: str, waits: Callable[[], bool], recorder: Recorder | None
+    ) -> None:
         """`waits`: whether the CPU thread is, or will be, in `wait_for_news`."""
         self.inbox: deque[Received] = deque()
         self.stats: dict[str, Any] = {}  # of the endpoint, when Stats was asked for last
@@ -34,6 +37,7 @@ class BusThread:
         self._run_dir, self._node, self._launcher, self._waits = run_dir, node, launcher, waits
         self._to_bus = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._to_cpu = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._recorder = recorder
         self._closing = False
         self._ready = threading.Event()
         self._cpu_thread = threading.get_ident()
@@ -76,6 +80,7 @@ class BusThread:
     def _serve(self) -> None:
         try:
             with Endpoint(self._run_dir, self._node) as endpoint:
+                endpoint.recorder = self._recorder
                 endpoint.bind()
                 endpoint.connect(self._launcher)
                 self._ready.set()
@@ -89,6 +94,8 @@ class BusThread:
         endpoint.wait(None, [self._to_bus])
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._to_bus)
+        if self._recorder is not None:
+            self._recorder.look()
         news = False
         for received in endpoint.receive():
             if isinstance(received.frame, Ping):

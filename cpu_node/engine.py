@@ -255,6 +255,7 @@ class Engine:
                         self._simulate_new(line)
                     else:
                         handler, insn, simulator.text, cpu.eip = known
+                        simulator.at = eip
                         try:
                             handler(simulator, insn)
                         except GuestFault:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bus.recorder import VECTOR, Recorder
 from cpu_node import gates
 from cpu_node import layout as at
 from cpu_node import mode as modes
@@ -27,6 +28,7 @@ class Interrupts:
         self.cpu = engine.cpu
         self.platform = engine.platform
         self.apic = engine.apic
+        self.recorder: Recorder | None = None  # while what is delivered is to be noted
         self.shadow_over = False  # the instruction before this one had interrupts held off
         self._alarm: int | None = None
 
@@ -49,7 +51,7 @@ class Interrupts:
             apic.tick(platform.now_ns())
             if not cpu.nmi_blocked and not cpu.inhibit_interrupts and apic.take_nmi():
                 cpu.halted = False
-                gates.deliver(cpu, NMI, external=True)
+                self._deliver(NMI)
             deadline = apic.next_deadline_ns()
             if deadline != self._alarm:
                 self._alarm = deadline
@@ -62,7 +64,7 @@ class Interrupts:
             vector = self._acknowledge()
             if vector is not None:
                 cpu.halted = False
-                gates.deliver(cpu, vector, external=True)
+                self._deliver(vector)
             waiting = self._waiting()
         d[at.PENDING // 4] = waiting
         if waiting and d[at.INTERRUPT_FLAG // 4]:
@@ -70,6 +72,11 @@ class Interrupts:
         elif cpu.halted and not d[at.KICK // 4]:
             platform.idle(self._alarm)
             d[at.KICK // 4] = 1
+
+    def _deliver(self, vector: int) -> None:
+        if self.recorder is not None:
+            self.recorder.short(VECTOR, vector, self.cpu.eip)
+        gates.deliver(self.cpu, vector, external=True)
 
     def _behind_sti(self) -> bool:
         """May translated code just have executed STI? Then one more instruction comes first [6.8.1].

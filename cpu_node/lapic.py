@@ -45,6 +45,7 @@ class LocalApic:
     def __init__(self, apic_id: int, crystal_hz: int, tsc_hz: int, now_ns: Callable[[], int]) -> None:
         """`crystal_hz` is the timer's input clock before the divider, as in CPUID leaf 15h."""
         self.apic_id, self.crystal_hz, self.tsc_hz, self.now_ns = apic_id, crystal_hz, tsc_hz, now_ns
+        self.on_eoi: Callable[[int], None] = lambda vector: None  # which interrupt has ended
         self.reset()
 
     def reset(self) -> None:
@@ -319,6 +320,7 @@ class LocalApic:
         if not s.isr:
             return None
         vector = s.isr.bit_length() - 1
+        self.on_eoi(vector)
         s.isr &= ~(1 << vector)
         if not s.tmr >> vector & 1:
             return None

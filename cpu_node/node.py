@@ -38,6 +38,7 @@ from bus.frames import (
     Intr,
     Pause,
     PauseReply,
+    Recording,
     Refused,
     Reset,
     ResetReply,
@@ -49,6 +50,7 @@ from bus.frames import (
     TimingReply,
 )
 from bus.io import IoClient
+from bus.recorder import attached as recorder_of
 from cpu_node import assembled, stubs_unsafe, timing
 from cpu_node.attention import Attention
 from cpu_node.bus_thread import BusThread
@@ -58,6 +60,7 @@ from cpu_node.engine import Engine
 from cpu_node.errors import TripleFault
 from cpu_node.lapic import LocalApic
 from cpu_node.node_config import NodeConfig
+from cpu_node.noting import CpuNotes
 from cpu_node.rdtsc import OFFSET_FLAG
 from cpu_node.standing import Standing
 from cpu_node.state import CpuStateMismatch
@@ -93,7 +96,9 @@ class Node:
         self.config = config
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # threads made from here on inherit it
         self.intr = False
-        self._bus = BusThread(config.run_dir, config.node, config.launcher, self._waits)
+        self._bus = BusThread(
+            config.run_dir, config.node, config.launcher, self._waits, recorder_of(config.fds, config.node)
+        )
         self._inbox = self._bus.inbox
         self._idle = False
         self._in_reset = False
@@ -157,6 +162,8 @@ class Node:
             from cpu_node.direct import choose  # imports python-ptrace, which takes its time
 
             self.engine.direct = choose.start(self.engine, ram_fd, config.user_mode, config.trap_backend)
+        address_map = AddressMap.from_plain(config.map)
+        self._notes = CpuNotes(config.node, config.fds, self._io, self.engine, address_map)
         self._late_nodes: set[str] = set()  # that the launcher was told of
         self._attention = Attention(self._io, self.clock())
         self._timing: timing.Timing | None = None
@@ -377,6 +384,8 @@ class Node:
             case Timing(on=on):
                 self._timing_wanted = on
                 self._bus.answer(received, TimingReply())
+            case Recording():
+                self._notes.look()
             case Attend(node=node):
                 self._attention.pay(node, self.clock())
                 self._arm()

@@ -35,4 +35,5 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     trap_backend: str = "auto"
     mmu: str = "auto"
     launcher: str = "launcher"
+    fds: dict[str, int] = {}  # `trace`, `trace_io`: rings of the bus thread and the CPU's, bus/recorder.py
     log_level: str = "warning"

@@ -38,6 +38,7 @@ class Simulator:
         self.single = single
         self.platform = platform
         self.text = b""
+        self.at = 0  # EIP of the instruction that is being run
         self._fetch_bytes = memory.read  # data breakpoints see only what handlers read
         self.kick: Callable[[], None] = lambda: None  # interrupts may have changed: have them looked at
         self.on_port: Callable[[int, int], None] = lambda port, width: None  # an I/O instruction's access
@@ -84,7 +85,7 @@ class Simulator:
     def step(self) -> Row:
         """Execute one instruction; its row. Raises GuestFault with cpu.eip at the instruction."""
         cpu = self.cpu
-        start = cpu.eip
+        start = self.at = cpu.eip
         insn = self.fetch()
         cpu.eip = start + insn.length & (0xFFFFFFFF if cpu.seg[CS].big else 0xFFFF)
         try:

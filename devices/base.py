@@ -102,6 +102,9 @@ class Wiring(Protocol):
     def line_level(self, irq: int) -> bool:
         """Controllers only: the present level of an input line, the OR of all devices that drive it."""
 
+    def mark(self, name: str, value: int) -> None:
+        """Note a number in the trace, as a part of this step; nothing else happens. See docs/tracing.md."""
+
     def dma_read(self, pa: int, size: int) -> bytes:
         """Guest memory as it is now, without this step's own dma_writes; BadDma outside of RAM."""
 

@@ -75,6 +75,7 @@ class FakeWiring(AsksDisks):
         self.clock_ns = now_ns
         self.irq: dict[str, bool] = {}
         self.changes: list[tuple[str, bool]] = []  # every change of a line, in order
+        self.marks: list[tuple[str, int]] = []
         self.sent: list[tuple[str, bytes]] = []
         self.timers: dict[str, int] = {}
         self.events: list[tuple[str, str]] = []
@@ -98,6 +99,9 @@ class FakeWiring(AsksDisks):
             self.timers.pop(name, None)
         else:
             self.timers[name] = deadline_ns
+
+    def mark(self, name: str, value: int) -> None:
+        self.marks.append((name, value))
 
     def event(self, kind: str, text: str) -> None:
         self.events.append((kind, text))

@@ -45,11 +45,13 @@ from bus.frames import (
 )
 from bus.grants import GrantRefused
 from bus.link import BadRunDir, console_path
+from bus.recorder import attached as recorder_of
 from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd, RingBackEnd
 from devices.base import StateMismatch
 from devices.disks import BadDisk, Disks
 from devices.host_config import HostConfig
 from devices.journal import BadJournal, InputKey, Record
+from devices.notes import Notes
 from devices.prepared import Prepared
 from devices.registry import BadDeviceType, BadSettings
 from devices.slot import Slot
@@ -79,7 +81,8 @@ class Host:
         if record is not None:
             self._endpoint.load(record.streams)
         self._cpu_io = f"{config.cpus[0]}.io" if config.cpus else ""
-        self._trace = 0
+        self._endpoint.recorder = recorder = recorder_of(config.fds, config.node)
+        self._notes = Notes(recorder)
         self._asking: Received | None = None  # whose frame the step is about
         self._news: list[Event] = []  # for the launcher, with the next step
         self._outputs: list[tuple[str, bytes]] = []  # of the step
@@ -126,6 +129,7 @@ class Host:
             self._disks,
             config.state if record is None else None,
             None if record is None else (record.device(), record.slot),
+            self._notes,
         )
 
     def stop(self) -> None:
@@ -177,18 +181,18 @@ class Host:
 
     def to_controllers(self, frame: Line) -> None:
         for peer in self._config.controllers:
-            self._endpoint.send(peer, frame, self._trace)
+            self._endpoint.send(peer, frame, self._notes.trace)
 
     def to_boot_cpu(self, frame: Intr) -> None:
         if self._config.cpus:
-            self._endpoint.send(self._config.cpus[0], frame, self._trace)
+            self._endpoint.send(self._config.cpus[0], frame, self._notes.trace)
 
     def to_cpus(self, frame: ApicMessage) -> None:
         for peer in self._config.cpus:
-            self._endpoint.send(peer, frame, self._trace)
+            self._endpoint.send(peer, frame, self._notes.trace)
 
     def to_launcher(self, frame: Event) -> None:
-        self._endpoint.send(self._config.launcher, frame, self._trace)
+        self._endpoint.send(self._config.launcher, frame, self._notes.trace)
 
     def output(self, channel: str, data: bytes) -> None:
         self._outputs.append((channel, data))
@@ -208,7 +212,7 @@ class Host:
         self._endpoint.hold()
         news, self._news = self._news, []
         for frame in news:
-            self._endpoint.send(self._config.launcher, frame, self._trace)
+            self._endpoint.send(self._config.launcher, frame, self._notes.trace)
         for effect in effects:
             effect()
         if answer is not None and self._asking is not None:
@@ -229,7 +233,9 @@ class Host:
         outputs, self._outputs = self._outputs, []
         for channel, data in outputs:
             self._backends[channel].write(data)
-            self._put_out[channel] = self._put_out.get(channel, 0) + len(data)
+            position = self._put_out.get(channel, 0)
+            self._put_out[channel] = position + len(data)
+            self._notes.output(channel, len(data), position)
         self._endpoint.release()
 
     # --- inside -------------------------------------------------------------------------------------
@@ -248,7 +254,8 @@ class Host:
             self._retiring = True  # the last step has ended, and what comes now is another's
             return
         self._asking = None
-        self._trace = next(self._endpoint.ids)  # what timers cause begins a trace
+        self._notes.look()
+        self._notes.trace = next(self._endpoint.ids)  # what timers cause begins a trace
         if self._clock.stopped_ns is None:
             self._slot.run_timers()
         self._handle_frames()
@@ -259,7 +266,7 @@ class Host:
                 back_end.ready(readable, writable)
         if self._news:
             self._end_step(None)
-        self._trace = next(self._endpoint.ids)  # and so does what the host side causes
+        self._notes.trace = next(self._endpoint.ids)  # and so does what the host side causes
         self._feed()
 
     def _timeout_ns(self) -> int | None:
@@ -297,7 +304,7 @@ class Host:
                 self._clock.go_on(clock_ns - host_ns)
                 answer = ContinueReply()
             case _:
-                self._trace = received.header.trace
+                self._notes.trace = received.header.trace
                 if self.begin(received.peer, received.header.seq):
                     answer = self._slot.handle(frame)
                 else:
@@ -335,7 +342,7 @@ class Host:
         """In the middle of a step, which shall not count."""
         launcher = self._config.launcher
         self._endpoint.hold()  # drops what a step that failed in its commit has numbered
-        self._endpoint.send(launcher, frame, self._trace)
+        self._endpoint.send(launcher, frame, self._notes.trace)
         if self._journal is not None:
             self._journal.amend(launcher, self._endpoint.to_plain()[1][launcher])
         self._endpoint.release()

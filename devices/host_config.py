@@ -30,8 +30,8 @@ class HostConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     shape: dict[str, str] = {}  # what the machine was started with, see devices/tryout.py
     standby: bool = False  # take over from another process, when told to
     fds: dict[str, int] = {}  # `journal`: without it the device doesn't survive its process; `listen`: where
-    # others connect (bus/link.py); `control`, `baton`: bus/control.py; `ring:<channel>`, `wake_rim`,
-    # `wake_device`: without them consoles and logs are in this process
+    # others connect (bus/link.py); `control`, `baton`: bus/control.py; `trace`: bus/recorder.py;
+    # `ring:<channel>`, `wake_rim`, `wake_device`: without them consoles and logs are in this process
 
     def peers(self) -> list[str]:
         """Nodes that it connects to."""

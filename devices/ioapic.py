@@ -137,7 +137,7 @@ class IoApic(Device[IoApicState]):
     def _deliver_edge(self, pin: int) -> None:
         entry = self.state.table[pin]
         if not entry.low & MASKED:  # an edge on a masked pin is lost [3.2.4, interrupt mask]
-            self._send(entry)
+            self._send(pin)
 
     def _deliver_level(self, pin: int) -> None:
         """A level-triggered pin that is active, unmasked and not in service interrupts."""
@@ -145,9 +145,11 @@ class IoApic(Device[IoApicState]):
         if s.lines & 1 << pin and entry.low & (LEVEL | MASKED | REMOTE_IRR) == LEVEL:
             if entry.low >> DELIVERY_SHIFT & 7 in (DELIVERY_FIXED, DELIVERY_LOWEST):
                 entry.low |= REMOTE_IRR
-            self._send(entry)
+            self._send(pin)
 
-    def _send(self, entry: Redirection) -> None:
+    def _send(self, pin: int) -> None:
+        entry = self.state.table[pin]
+        self.wiring.mark("irq", 0 if pin == self.settings.irq0_pin else pin)
         self.wiring.apic_message(
             ApicMessage(
                 vector=entry.low & VECTOR,

@@ -210,13 +210,15 @@ class Pic8259(Device[PicState]):
         if n is None:
             return s.master.vector | SPURIOUS  # without an ISR bit: no EOI follows
         s.master.acknowledge(n)
-        vector = s.master.vector | n
+        vector, irq = s.master.vector | n, n
         if n == CASCADE:
             slave_n = s.slave.request()
             if slave_n is not None:
                 s.slave.acknowledge(slave_n)
             vector = s.slave.vector | (SPURIOUS if slave_n is None else slave_n)
+            irq = 8 + (SPURIOUS if slave_n is None else slave_n)
             s.master.set_line(CASCADE, False)  # INT drops during INTA, so a further request is a new edge
+        self.wiring.mark("irq", irq)
         self.drive_lines()
         return vector
 

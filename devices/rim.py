@@ -27,6 +27,8 @@ from bus.control import Control
 from bus.endpoint import LINGER_MS, Endpoint, Received
 from bus.frames import Event, Frame, Ping, Pong, Refused, Shutdown, Stats, StatsReply
 from bus.link import BadRunDir, console_path
+from bus.recorder import RIM_IN, RIM_OUT, now_ns
+from bus.recorder import attached as recorder_of
 from devices.backends import log_lines
 from devices.consoles import PIECE, Clients, Console, listen
 from devices.journal import BadJournal, Journal
@@ -172,6 +174,7 @@ class Rim:
         record = self._journal.latest() if self._journal is not None else None
         self.positions: dict[str, int] = dict(record.outputs) if record is not None else {}
         self._endpoint = Endpoint(config.run_dir, config.node)
+        self._endpoint.recorder = self._recorder = recorder_of(config.fds, config.node)
         self._endpoint.connect(config.launcher)
         if record is not None:
             self._endpoint.load(record.streams)
@@ -250,6 +253,7 @@ class Rim:
         for number, way in enumerate(self._ways):
             if count := way.move_out():
                 most = max(most, count)
+                self._note(RIM_OUT, number, count, self._rings[number].output.head)
                 if self._rings[number].output.waiting:
                     wake(self._wake_of(number))
         return most
@@ -262,8 +266,14 @@ class Rim:
                 full = not ring.room()  # or it was emptied before it could see that
             ring.waiting = full
             if way.moved_in != self._told_in[number] or full:
+                self._note(RIM_IN, number, way.moved_in - self._told_in[number], ring.tail)
                 self._told_in[number] = way.moved_in
                 wake(self._wake_of(number))
+
+    def _note(self, kind: int, number: int, count: int, end: int) -> None:
+        """So many bytes of a stream have been passed on, up to this position."""
+        if self._recorder is not None and count and self._recorder.look():
+            self._recorder.long(kind, count, self._channels[number].key, now_ns(), end - count)
 
     def _handle(self, received: Received) -> None:
         match received.frame:

@@ -49,6 +49,7 @@ from bus.ranges import IoRange
 from devices.base import Device, StateMismatch
 from devices.disks import AsksDisks, DiskRequest, Disks
 from devices.dma import GuestRam
+from devices.notes import Notes
 from devices.outside import InputLines, LevelEffect, OutputEffect, Outside
 
 STRING_MAX = 1 << 20  # bytes of one string access
@@ -75,6 +76,7 @@ class Slot(AsksDisks):
         disks: Disks | None = None,
         saved: dict[str, Any] | None = None,
         kept: tuple[dict[str, Any], list[Any]] | None = None,
+        notes: Notes | None = None,
     ) -> None:
         """`irqs`: ISA IRQ by line name; a line that isn't there leads nowhere. `ram`: for cls.DMA.
 
@@ -83,6 +85,7 @@ class Slot(AsksDisks):
         finish(). Raises StateMismatch.
         """
         self.node = node
+        self._notes = notes or Notes()
         self.now_ns = now_ns
         self._outside = outside
         self._irqs = dict(irqs)
@@ -162,11 +165,16 @@ class Slot(AsksDisks):
     def line_level(self, irq: int) -> bool:
         return bool(self._inputs.drivers.get(irq))
 
+    def mark(self, name: str, value: int) -> None:
+        self._notes.mark(name, value)
+
     def dma_read(self, pa: int, size: int) -> bytes:
+        self._notes.dma(pa, size, False)
         return self._memory().read(pa, size)
 
     def dma_write(self, pa: int, data: bytes) -> None:
         self._memory().check(pa, len(data))
+        self._notes.dma(pa, len(data), True)
         self._dma.append((pa, bytes(data)))
 
     def disk_size(self, disk: str) -> int:
@@ -214,6 +222,7 @@ class Slot(AsksDisks):
 
     def receive(self, channel: str, data: bytes, position: int = 0) -> None:
         """Bytes from the host side, no more than device.room(channel); `position`: how many came before."""
+        self._notes.input(channel, len(data), position)
         if self._outside.begin(channel, position):
             self.device.receive(channel, data)
         self._settle()
@@ -223,8 +232,11 @@ class Slot(AsksDisks):
         """Do the disk I/O that was asked for, and what its completions ask for."""
         while self._disk_work:
             request = self._disk_work[0]
+            self._notes.disk(request)
             error = self._all_disks().perform(request, self._memory())
             self._disk_work.popleft()
+            self._notes.over()
+            self._notes.disk_done(request)
             if self._outside.begin(request.disk, request.tag):
                 self.device.disk_done(request.disk, request.tag, error)
             self._settle()
@@ -234,7 +246,7 @@ class Slot(AsksDisks):
         done."""
         return [
             self._levels, self._intr, self._inputs.to_plain(), self._deadlines, self._done, self._dma,
-            list(self._disk_work),
+            list(self._disk_work), self._notes.trace,
         ]  # fmt: skip
 
     def finish(self, dma_done: int) -> None:
@@ -255,6 +267,7 @@ class Slot(AsksDisks):
             if self._deadlines[name] > self.now_ns():
                 return
             deadline_ns = self._deadlines.pop(name)
+            self._notes.timer(name, deadline_ns)
             if self._outside.begin(name, deadline_ns):
                 self.device.timer(name)
             self._settle()
@@ -340,7 +353,7 @@ class Slot(AsksDisks):
             raise
 
     def _keep_on(self, record: dict[str, Any], plain: list[Any]) -> None:
-        levels, intr, inputs, deadlines, done, dma, work = plain
+        levels, intr, inputs, deadlines, done, dma, work, self._notes.trace = plain
         self._levels, self._intr, self._done = levels, intr, done
         self._inputs = InputLines.from_plain(inputs)
         self._deadlines = deadlines
@@ -360,6 +373,7 @@ class Slot(AsksDisks):
         if self._dma:
             self._write_dma(0)
         self._outside.perform()
+        self._notes.over()
 
     def _publish(self) -> None:
         if self._mirror is not None:

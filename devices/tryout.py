@@ -45,6 +45,9 @@ class Nowhere:
     def set_timer(self, name: str, deadline_ns: int | None) -> None:
         pass
 
+    def mark(self, name: str, value: int) -> None:
+        pass
+
     def event(self, kind: str, text: str) -> None:
         pass
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from bus.endpoint import Endpoint
-from bus.frames import Stats, StatsReply, Timing
+from bus.frames import Recording, Stats, StatsReply, Timing
 from devices.rim import NODE as RIM
-from launcher import report
+from launcher import recording, report
 from launcher.control import ControlServer
 from launcher.errors import EXIT_OK
 from launcher.forkserver import ForkServer
@@ -113,6 +115,8 @@ class Commands:
                 self._replace(client, op, request)
             case "snapshot":
                 self._snapshot(client, request)
+            case "trace":
+                self._trace(client, request.get("on"))
             case "timing-on" | "timing-off":
                 self._endpoint.send(CPU, Timing(op == "timing-on"))
                 self._control.answer(client, {})
@@ -122,6 +126,15 @@ class Commands:
                     self._endpoint.send(node, Stats())
                 deadline_ns = time.monotonic_ns() + STATS_NS
                 self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
+
+    def _trace(self, client: int, on: bool | None) -> None:
+        launch = self._processes.launch
+        if on is not None:
+            recording.switch(launch, on)
+            self._endpoint.send(CPU, Recording())
+        meta = msgspec.to_builtins(recording.meta(launch))
+        fds = list(recording.rings(launch).values())
+        self._control.answer(client, {"meta": meta, "pid": os.getpid()}, fds)
 
     @property
     def _busy(self) -> bool:

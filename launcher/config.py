@@ -18,10 +18,12 @@ from typing import Any, Literal, get_type_hints
 import msgspec
 
 from launcher.errors import ConfigError
+from launcher.launch import TRACE_MEMORY
 
 PAGE = 4096
 MIN_MEMORY = 16 << 20
 MAX_MEMORY = 3 << 30  # above it the PC's I/O APIC, local APIC and firmware ranges begin
+MIN_TRACE_MEMORY, MAX_TRACE_MEMORY = 8 << 20, 1 << 30
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 NODE_NAMES_TAKEN = ("cpu0", "memory", "launcher", "forkserver", "console", "consoles")
@@ -35,6 +37,8 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     name: str
     memory: Size
     on_reset: Literal["restart", "stop"] = "restart"
+    trace: bool = True  # the flight recorder is on from the start; `launcher trace` switches it
+    trace_memory: Size = Size(TRACE_MEMORY)  # that its rings have together
     checkpoints: bool = True  # else the end of a device's process is the machine's
     on_launcher_death: Literal["end", "run"] = "end"  # see docs/live-swap.md
     set_aside_after: int = 3  # processes of a device that ended in one frame; see docs/live-swap.md
@@ -158,6 +162,7 @@ def _validated(file: Path, plain: dict[str, Any]) -> MachineConfig:
     _check_names(config)
     _check_set_aside(config)
     _check_memory_size(config)
+    _check_trace_memory(config)
     _check_translations(config)
     return config
 
@@ -208,6 +213,12 @@ def _check_memory_size(config: MachineConfig) -> None:
         raise config.error("machine.memory", f"{size} bytes is less than 16 MiB", 'write at least "16M"')
     if size > MAX_MEMORY:
         raise config.error("machine.memory", f"{size} bytes is more than 3 GiB", 'write at most "3G"')
+
+
+def _check_trace_memory(config: MachineConfig) -> None:
+    if not MIN_TRACE_MEMORY <= config.machine.trace_memory <= MAX_TRACE_MEMORY:
+        problem = f"{int(config.machine.trace_memory)} bytes are not between 8 MiB and 1 GiB"
+        raise config.error("machine.trace_memory", problem, 'write a size like "32M"')
 
 
 def _check_translations(config: MachineConfig) -> None:

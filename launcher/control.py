@@ -4,8 +4,9 @@ One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stat
 of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {};
 {"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}; {"op": "swap", "device", "type",
 "settings", "folder"} -> {"type", "old", "new", "pause_ns", "parts_ns"}; {"op": "kill", "device"} -> {"pid"};
-{"op": "leave", "by": pid of another launcher} -> {}. What can't be done: {"error": one line}, where bad input
-is the reason with "status", the exit status that goes with it.
+{"op": "leave", "by": pid of another launcher} -> {}; {"op": "trace", "on": true, false, or null to leave it}
+-> {"meta": tracing/meta.py, "pid"} and the rings' descriptors. What can't be done: {"error": one line}, where
+bad input is the reason with "status", the exit status that goes with it.
 An answer may come later than the request; the connection stays open until then.
 """
 
@@ -15,7 +16,7 @@ import contextlib
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from launcher.keeper import SOCKET as KEEPER
 from memory_node import wire
 
 OPERATIONS = (
-    "ps", "stats", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill", "leave", "down",
+    "ps", "stats", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill", "leave", "trace",
+    "down",
 )  # fmt: skip
 ANSWER_S = 10.0
 NO_LAUNCHER = "it has no launcher; `launcher up` with its machine file re-attaches"
@@ -65,11 +67,11 @@ class ControlServer:
             else:
                 self.answer(fd, {"error": f"no operation {str(op)!r}, there are: {', '.join(OPERATIONS)}"})
 
-    def answer(self, client: int, reply: dict[str, Any]) -> None:
+    def answer(self, client: int, reply: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send the reply and hang up; a client that is gone by now gets none."""
         if client in self._clients:
             with contextlib.suppress(OSError):
-                wire.send_record(self._clients[client], reply)
+                wire.send_record(self._clients[client], reply, fds)
             self._drop(client)
 
     def answer_later(self, client: int) -> Callable[[dict[str, Any]], None]:
@@ -106,6 +108,13 @@ class ControlServer:
 
 def ask(path: Path, op: str, machine: str, timeout_s: float = ANSWER_S, **arguments: Any) -> dict[str, Any]:
     """One request to a running machine's launcher; NoAnswer when it is stuck or ends meanwhile."""
+    return ask_with_descriptors(path, op, machine, timeout_s, **arguments)[0]
+
+
+def ask_with_descriptors(
+    path: Path, op: str, machine: str, timeout_s: float = ANSWER_S, **arguments: Any
+) -> tuple[dict[str, Any], list[int]]:
+    """As ask(), and the descriptors that come with the answer, the caller's from now on."""
     try:
         with contextlib.closing(wire.connect(path, timeout_s)) as sock:
             wire.send_record(sock, {"op": op, **arguments})
@@ -120,7 +129,7 @@ def ask(path: Path, op: str, machine: str, timeout_s: float = ANSWER_S, **argume
         raise NoAnswer(f"{machine}: its launcher has ended")
     if "error" in received[0]:
         raise NoAnswer(f"{machine}: {received[0]['error']}", received[0].get("status", EXIT_DIED))
-    return received[0]
+    return received
 
 
 def down(path: Path, machine: str, pid: int | None) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from launcher.restore import Restored
 
 
+TRACE_MEMORY = 32 << 20
+
+
 class MachineEnd(Exception):
     """The machine is to end: with which exit status, and what to tell the user."""
 
@@ -39,4 +42,6 @@ class Launch:
     facts: MachineFacts | None = None  # for snapshots
     restored: Restored | None = None
     outlive: bool = False  # it goes on when its launcher ends without a word
+    trace: bool = True  # the flight recorder is on from the start
+    trace_memory: int = TRACE_MEMORY  # bytes of all its rings
     lock_fd: int = -1  # of the run directory

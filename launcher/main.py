@@ -75,6 +75,8 @@ def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], Host
             return _console(options)
         case "swap" | "dev" | "kill":
             return _live(options)
+        case "trace":
+            return _trace(options)
         case _:
             return _version()
 
@@ -115,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
         "--outlive",
         action="store_true",
         help="let the machine run on if this launcher is killed; `launcher up` re-attaches then",
+    )
+
+    up.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write all that its processes note into this file"
     )
 
     down = commands.add_parser("down", help="end a running machine", description="End a running machine.")
@@ -201,6 +207,19 @@ def _parser() -> argparse.ArgumentParser:
         description="kill -9 of a device's process. Another one goes on where it was.",
     )
     _add_device(kill)
+    trace = commands.add_parser(
+        "trace",
+        help="save what a machine's processes have noted",
+        description="Save what the processes of a running machine have noted of late, or, with --seconds, "
+        "what they note from now on as well. Without --out: say whether they do.",
+    )
+    trace.add_argument("machine", help="the machine's name")
+    trace.add_argument("--out", type=Path, metavar="FILE", help="a trace file")
+    switch = trace.add_mutually_exclusive_group()
+    switch.add_argument("--on", action="store_const", const=True, dest="on", help="begin to record")
+    switch.add_argument("--off", action="store_const", const=False, dest="on", help="end to record")
+    trace.add_argument("--seconds", type=_seconds, metavar="S", help="go on for so long, or until Ctrl-C")
+    trace.add_argument("--since", type=_seconds, metavar="S", help="only what is no older than this")
     check = commands.add_parser(
         "check",
         help="validate a machine file",
@@ -253,6 +272,7 @@ def _up(options: Any, entries: EntryPoints | None, facts: Callable[[], HostFacts
         log_level=options.log_level,
         on_reset=options.on_reset,
         outlive=options.outlive,
+        trace=options.trace,
     )
     return up(chosen, entries or EntryPoints(), facts)
 
@@ -338,6 +358,13 @@ def _live(options: Any) -> int:
             return live.develop(run_dir, options.device, options.watch)
         case _:
             return live.kill(run_dir, options.device)
+
+
+def _trace(options: Any) -> int:
+    from launcher.trace import TraceOptions, trace
+
+    chosen = TraceOptions(options.out, options.on, options.seconds, options.since, follow=False)
+    return trace(_running(options.machine), chosen)
 
 
 def _snapshot(options: Any) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from launcher.errors import ConfigError
 
 LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_LEVEL = "warning"
@@ -21,3 +24,10 @@ class UpOptions:
     log_level: str
     on_reset: str | None
     outlive: bool = False
+    trace: Path | None = None  # a file for all that is noted
+
+
+def check_writable(file: Path) -> None:
+    """ConfigError if a file can't be written there."""
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(file, "", "cannot be written", "name a file in a folder of yours")

@@ -34,6 +34,7 @@ from launcher.keeping import Kept
 from launcher.launch import Launch
 from launcher.memory import with_memory
 from launcher.names import CPU
+from launcher.recording import CrashTraces, rings, with_traces
 from launcher.restarts import Restarts
 from launcher.rings import Row, changed, with_rings
 from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
@@ -56,6 +57,7 @@ class Process:
     log: Path
     ready: bool = False  # has been, and was not started anew since
     was_ready: bool = False
+    killed: bool = False  # by `launcher kill`: no crash
     swaps: int = 0
     restarts: Restarts = field(default_factory=Restarts)
     control: socket.socket | None = None  # of all but the CPU, see launcher/swapping.py
@@ -84,6 +86,8 @@ class Processes:
         *devices, cpu = launch.others
         rim = launch.rim
         if not inherited:
+            launch = with_traces(launch)
+            rim, (*devices, cpu) = launch.rim, launch.others
             devices = [_with_journal(launch, spec) for spec in devices]
             if rim is not None:
                 rim, devices = with_rings(rim, devices)
@@ -91,6 +95,8 @@ class Processes:
         self._listening = {spec.node: spec.fds["listen"] for spec in devices}
         # as it is now, swaps included
         self.launch = replace(launch, memory=memory, others=(*devices, cpu), rim=rim)
+        self._opened += rings(self.launch).values()
+        self._crashes = CrashTraces(launch.run_dir)
         self.kept = Kept()  # for the rim: its sockets
         self.by_node: dict[str, Process] = {}
         self._forkserver, self._endpoint, self._clock = forkserver, endpoint, clock
@@ -170,6 +176,7 @@ class Processes:
         """When the fork server has ended, and they with it."""
         for fd in (*self._journals.values(), *self._listening.values(), *self._opened):
             os.close(fd)
+        self._crashes.finish()
         for pidfd in self.pidfds():
             report.wait_for_end(pidfd)
             os.close(pidfd)
@@ -179,8 +186,14 @@ class Processes:
     # ---- deaths and restarts -------------------------------------------------------------------
 
     def obituary(self, node: str) -> str:
-        """One line about one that has ended."""
-        return self._obituary(node, self.by_node[node])
+        """One line about one that has ended, and with it the machine."""
+        process = self.by_node[node]
+        return self._obituary(node, process) + (self.save_trace(f"{node} has ended") if process.was_ready else "")
+
+    def save_trace(self, why: str) -> str:
+        """Something has crashed. What is to be added to the line that tells of it."""
+        file = self._crashes.save(self.launch, why)
+        return "" if file is None else f"; what led to it: {file}"
 
     def restarts(self, node: str) -> bool:
         """Whether another process can go on for one that ends now."""
@@ -201,10 +214,12 @@ class Processes:
             self.kept.drain(ended.control)
         self.restart_due()  # before anything else: the guest waits
         line = self._obituary(node, ended)
+        trace = "" if ended.killed else self.save_trace(line)
+        process.killed = False
         os.close(ended.child.pidfd)
         if ended.control is not None:
             ended.control.close()
-        return f"{line}; it is restarted {f'in {wait_s:.1f} s' if wait_s else 'at once'}"
+        return f"{line}; it is restarted {f'in {wait_s:.1f} s' if wait_s else 'at once'}{trace}"
 
     def waiting(self) -> dict[int, str]:
         """Sockets of new processes, and the nodes; `hear` has to be called when one is readable."""
@@ -259,6 +274,7 @@ class Processes:
     def kill(self, node: str) -> int:
         """kill -9 of a node's process; its pid. SwapRefused when there is none."""
         _, process = self._replaceable(node)
+        process.killed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process.child.pidfd, signal.SIGKILL)
         return process.child.pid
@@ -400,7 +416,7 @@ class Processes:
 
 def _with_journal(launch: Launch, spec: ChildSpec) -> ChildSpec:
     """A device with what outlives its processes."""
-    fds = {"journal": DeviceJournal.make(spec.node), "listen": listen(launch.run_dir, spec.node)}
+    fds = {**spec.fds, "journal": DeviceJournal.make(spec.node), "listen": listen(launch.run_dir, spec.node)}
     return replace(spec, fds=fds)
 
 

@@ -161,8 +161,8 @@ def _hex(value: Any) -> str:
     return f"{value:08x}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def wait_for_end(pidfd: int) -> None:
-    """Wait until a process that was killed is gone."""
+def wait_for_end(pidfd: int, timeout_s: float = END_MS / 1000) -> None:
+    """Wait until a process that was killed, or is about to end, is gone."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    poll.poll(END_MS)
+    poll.poll(timeout_s * 1000)

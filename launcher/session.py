@@ -17,7 +17,7 @@ from launcher.facts import MachineDisk, MachineFacts
 from launcher.forkserver import ForkServer
 from launcher.journal import Journal
 from launcher.launch import Launch
-from launcher.options import UpOptions
+from launcher.options import UpOptions, check_writable
 from launcher.plan import MachinePlan, child_specs, make_plan
 from launcher.pump import Pump
 from launcher.rings import rim_spec
@@ -54,6 +54,8 @@ def run_machine(
     if options.until is not None and plan.console is None:
         remedy = 'set backend = "console" in the settings of a serial port'
         raise config.error("device", "--until needs a console, and no device has one", remedy)
+    if options.trace is not None:
+        check_writable(options.trace)
     signals = Signals()
     run_dir = RunDir.create(config.machine.name, plan.longest_file_name())
     with contextlib.ExitStack() as cleanup:
@@ -74,12 +76,16 @@ def run_machine(
             stop_on_reset=_stops(options, config),
             facts=_facts(plan),
             outlive=options.outlive or config.machine.on_launcher_death == "run",
+            trace=config.machine.trace,
+            trace_memory=int(config.machine.trace_memory),
             lock_fd=run_dir.lock_fd,
         )
         journal = Journal(config.machine.name, options.log_level)
         if first := first_translation(config):
             journal.tell(first)
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
+        if options.trace is not None:
+            cleanup.callback(supervisor.draining(options.trace).finish)
         log = run_dir.path.with_name(f"{config.machine.name}.log")
         end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)
         if end.left:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus.endpoint import Endpoint, Received
@@ -29,6 +30,7 @@ from launcher.names import CPU, MEMORY
 from launcher.pausing import NotQuiet, Pausing
 from launcher.processes import LAST_WORDS_S, SECOND_NS, Process, Processes
 from launcher.pump import Pump
+from launcher.recording import Draining
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 
@@ -76,6 +78,10 @@ class Supervisor:
             path, self._processes, self._pausing, self._endpoint, self._ask, forkserver, pump,
             self._depositing.deposit,
         )  # fmt: skip
+
+    def draining(self, file: Path) -> Draining:
+        """Have all that is noted from now on written to a file."""
+        return Draining(self._launch, file, go_on=True)
 
     @property
     def _launch(self) -> Launch:
@@ -313,6 +319,8 @@ class Supervisor:
             state = event.data or self._cpu_state()
             line = f"reset by {source}: {event.text}"
             raise MachineEnd(EXIT_RESET, "\n".join([line, *report.cpu_state_lines(state)]))
+        if event.kind == "triple-fault" and (trace := self._processes.save_trace(f"{source}: {event.text}")):
+            self._journal.tell(f"{event.kind}{trace}")
         self._journal.event(source, event)
         try:
             self._request(CPU, Reset())  # with no registers to start from: stay in reset

@@ -15,16 +15,16 @@ overwritten before it was read. Little endian.
 from __future__ import annotations
 
 import struct
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from zlib import crc32
 
 import msgspec
 import zstandard
 
 from bus.recorder import BLOCK, BLOCK_BEGINS
+from tracing.meta import Meta
 from tracing.records import Damage, Reader, Record
 
 MAGIC = b"BPTRACE\x01"
@@ -36,20 +36,6 @@ LEVEL = 1  # of zstd; records shrink to a fifth, at 200 MB/s and more
 
 class BadTrace(ValueError):
     """No trace file, or one of another version."""
-
-
-class Meta(msgspec.Struct, frozen=True):
-    """What is known about the machine besides the records."""
-
-    machine: str
-    rings: list[str]  # "<node>", "cpu0.io" (the CPU's thread), by number
-    map: dict[str, Any] = {}  # bus/addressmap.py, plain
-    irqs: dict[str, dict[str, int]] = {}  # node -> line -> ISA IRQ
-    # One moment on both clocks, so that times can be shown as time of day
-    monotonic_ns: int = 0
-    realtime_ns: int = 0
-    why: str = ""  # it was saved
-    version: int = 1
 
 
 class Writer:
@@ -72,11 +58,6 @@ class Writer:
         head = HEAD.pack(len(body), 0, kind, 0, ring, position)
         check = crc32(body, crc32(head[8:]))
         self._file.write(HEAD.pack(len(body), check, kind, 0, ring, position) + body)
-
-
-def meta_of(machine: str, rings: Sequence[str], **more: Any) -> Meta:
-    """With the clocks of now."""
-    return Meta(machine, list(rings), monotonic_ns=time.monotonic_ns(), realtime_ns=time.time_ns(), **more)
 
 
 class Trace:

@@ -245,7 +245,8 @@ def launcher(runtime: Path) -> Iterator[Callable[..., Command]]:
 
 
 def assert_nothing_left(runtime: Path, expected_files: tuple[str, ...] = ()) -> None:
-    """No process, socket or file of any machine."""
+    """No process, socket or file of any machine, but what led to a crash."""
     wait_until(lambda: not machine_processes(), f"{machine_processes()} end")
-    left = sorted(str(p.relative_to(runtime)) for p in runtime.rglob("*")) if runtime.exists() else []
+    found = [path for path in runtime.rglob("*") if path.suffix != ".bptrace"] if runtime.exists() else []
+    left = sorted(str(path.relative_to(runtime)) for path in found)
     assert left == list(expected_files)

@@ -10,7 +10,8 @@ import pytest
 
 from bus import recorder
 from bus.recorder import ACCESS, BLOCK, FRAME, PROCESS, WRITE, Recorder
-from tracing.file import HEAD, BadTrace, Trace, Writer, meta_of
+from tracing.file import HEAD, BadTrace, Trace, Writer
+from tracing.meta import meta_of
 from tracing.records import Reader, Record
 from tracing.rings import Ring
 
@@ -49,8 +50,9 @@ def read(path: Path) -> tuple[list[Record], Trace]:
 
 def test_what_is_noted_is_read(fd: int, tmp_path: Path) -> None:
     noted = Recorder(fd, "first")
-    noted.access(1 | WRITE, Place(), 0x3F8, 65, 1)
+    noted.access(1 | WRITE, Place(), 0x3F8, 65)
     place = noted.frame(b"cpu0.io", b"frame", 2)
+    noted.value(noted.access(1, Place(), 0x3FD, 0), 0x60)
     noted.dma([(0x1000, 512, True), (0x2000, 16, False)])
     noted.done(place)
     noted.long(recorder.MARK, 0, "queue", 3, 99)
@@ -61,11 +63,12 @@ def test_what_is_noted_is_read(fd: int, tmp_path: Path) -> None:
     records, trace = read(tmp_path / "t.bptrace")
     assert not trace.complaints
     assert not trace.lost
-    first, access, frame, dma, mark, disk, vector, second, cut = records
+    first, access, frame, read_access, dma, mark, disk, vector, second, cut = records
     assert (first.kind, first.name, first.number) == (PROCESS, "first", os.getpid())
     assert (access.number, access.one, access.two, access.cr3) == (0xC0001234, 0x3F8, 65, 0x1000)
     assert (frame.kind, frame.name, frame.data, frame.time_ns) == (FRAME, "cpu0.io", b"frame", 2)
     assert frame.done_ns > 0
+    assert (read_access.one, read_access.two) == (0x3FD, 0x60)
     assert [int.from_bytes(dma.data[at : at + 8], "little") for at in range(0, 32, 8)] == [
         0x1000, 512 << 1 | 1, 0x2000, 16 << 1,
     ]  # fmt: skip
@@ -85,7 +88,7 @@ def test_what_was_overwritten_is_counted(fd: int, tmp_path: Path, seed: int) -> 
             noted = Recorder(fd, "writer")
             count += 1
         if number % 3:
-            noted.access(1, Place(), 0x60, number & 0xFF, number)
+            noted.access(1, Place(), 0x60, number)
         else:
             noted.frame(b"a", bytes(sizes[number % len(sizes)]), number)
         count += 1
@@ -93,8 +96,8 @@ def test_what_was_overwritten_is_counted(fd: int, tmp_path: Path, seed: int) -> 
     records, trace = read(tmp_path / "t.bptrace")
     assert trace.lost[0] > 0
     assert len(records) + trace.lost[0] == count
-    times = [record.time_ns for record in records if record.kind in (ACCESS, FRAME)]
-    assert times == list(range(times[0], 4000))
+    numbers = [r.two if r.kind == ACCESS else r.time_ns for r in records if r.kind in (ACCESS, FRAME)]
+    assert numbers == list(range(numbers[0], 4000))
 
 
 def test_recording_goes_on_where_a_killed_process_was(fd: int) -> None:
@@ -121,7 +124,7 @@ def test_it_is_switched_from_outside(fd: int) -> None:
 def written(fd: int, path: Path) -> bytes:
     noted = Recorder(fd, "writer")
     for number in range(6000):
-        noted.access(1, Place(), 0x60, number & 0xFF, number)
+        noted.access(1, Place(), 0x60, number)
     save(fd, path)
     return path.read_bytes()
 

@@ -188,7 +188,8 @@ class Processes:
     def obituary(self, node: str) -> str:
         """One line about one that has ended, and with it the machine."""
         process = self.by_node[node]
-        return self._obituary(node, process) + (self.save_trace(f"{node} has ended") if process.was_ready else "")
+        line = self._obituary(node, process)
+        return line + self.save_trace(line) if process.was_ready else line
 
     def save_trace(self, why: str) -> str:
         """Something has crashed. What is to be added to the line that tells of it."""

@@ -81,3 +81,8 @@ def _stat(pid: int) -> tuple[str, int]:
     """State letter and parent [proc(5)]."""
     words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     return words[0], int(words[1])
+
+
+def left_behind(runtime: Path) -> list[str]:
+    """Names of what machines have left in the runtime directory, but for what led to a crash."""
+    return sorted(path.name for path in runtime.glob("*") if not path.match("*.crash-*.bptrace"))

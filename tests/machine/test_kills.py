@@ -17,7 +17,7 @@ import pytest
 
 from tests.machine.drive import LEAVE, RAW_NOTICE, Screen, command
 from tests.machine.files import GUEST, asm_machine, linux_machine
-from tests.machine.processes import titles
+from tests.machine.processes import left_behind, titles
 
 pytestmark = pytest.mark.machine
 
@@ -69,7 +69,7 @@ def test_kill_9_of_a_part(victim: str, tmp_path: Path, runtime: Path) -> None:
             assert f"(pid {pid})" in screen.errors()
     if victim == "launcher":
         assert command("ps", runtime=runtime) == "no machine is running\n"  # and cleans up
-    assert not list(runtime.glob("*"))
+    assert not left_behind(runtime)
 
 
 @pytest.mark.parametrize("victim", DEVICES)
@@ -96,7 +96,7 @@ def test_a_device_that_is_killed_goes_on_in_a_new_process(
         for pid in killed:
             assert f"victim: {victim} (pid {pid}) was killed by SIGKILL" in screen.errors()
     assert len(set(killed)) == 4
-    assert not list(runtime.glob("*"))
+    assert not left_behind(runtime)
 
 
 def test_without_checkpoints_the_end_of_a_device_is_the_machines(tmp_path: Path, runtime: Path) -> None:
@@ -127,7 +127,7 @@ def test_signals_end_it_in_order(number: signal.Signals, tmp_path: Path, runtime
         assert screen.attributes() == screen.attributes_before
         assert said(screen) >= written(memory)
         assert f"ended: ended by {number.name}\n" in screen.errors()
-    assert not list(runtime.glob("*"))
+    assert not left_behind(runtime)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def end_after(delay_s: float, how: str, machine: Path, runtime: Path) -> None:
         assert "Traceback" not in text
     if how == "SIGKILL":
         command("ps", runtime=runtime)  # cleans up
-    assert not list(runtime.glob("*"))
+    assert not left_behind(runtime)
 
 
 def leave(screen: Screen) -> None:

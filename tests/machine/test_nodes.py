@@ -20,7 +20,7 @@ import pytest
 from memory_node.client import MemoryClient
 from tests.machine.drive import LEAVE, ROOT, Screen, command
 from tests.machine.files import asm_machine
-from tests.machine.processes import titles
+from tests.machine.processes import left_behind, titles
 
 pytestmark = pytest.mark.machine
 
@@ -103,7 +103,7 @@ def talk(tmp_path: Path, runtime: Path) -> Iterator[Talk]:
         screen.type(LEAVE)
         screen.finish(0)
         talk.check()
-    assert not list(runtime.glob("*"))
+    assert not left_behind(runtime)
 
 
 def successor(talk: Talk, node: str, *before: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 from memory_node import wire
 from tests.machine.drive import LEAVE, RAW_NOTICE, Screen, command
 from tests.machine.files import asm_machine
-from tests.machine.processes import titles
+from tests.machine.processes import left_behind, titles
 
 pytestmark = pytest.mark.machine
 
@@ -132,7 +132,7 @@ def test_a_machine_goes_on_when_its_launcher_is_killed_if_it_is_to(
         fourth.finish(0)
         second.wait_gone()  # its console process has shown what was still to come, for a while
         first.wait_gone()
-    assert [path.name for path in runtime.glob("*")] == [f"{NAME}.log"]
+    assert left_behind(runtime) == [f"{NAME}.log"]
 
 
 def test_a_guest_that_powers_off_alone_ends_with_the_next_launcher(machine: Path, runtime: Path) -> None:

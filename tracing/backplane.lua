@@ -41,6 +41,7 @@ local KINDS = {
   [47] = {"Ack", "one-way", {{"first", "uint", "first"}}},
   [48] = {"Resume", "one-way", {{"first", "uint", "first"}}},
   [49] = {"Attend", "one-way", {{"node", "str", "node"}}},
+  [50] = {"Recording", "one-way", {}},
   [64] = {"Pause", "request", {}},
   [65] = {"PauseReply", "reply", {{"clock_ns", "uint", "pausereply.clock_ns"}, {"frames", "map", "frames"}}},
   [66] = {"Continue", "request", {{"clock_ns", "uint", "continue.clock_ns"}, {"host_ns", "uint", "host_ns"}}},

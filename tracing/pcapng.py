@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from bus.recorder import FRAME, PROCESS
-from tracing.file import Meta, Trace
+from tracing.file import Trace
+from tracing.meta import Meta
 from tracing.records import Record
 
 DISSECTOR = Path(__file__).with_name("backplane.lua")

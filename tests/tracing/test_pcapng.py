@@ -18,8 +18,9 @@ from bus.frames import TABLE, Frame, Line, PostedBatch, Read, ReadReply, Refused
 from bus.recorder import DATA_MAX, FRAME, Recorder
 from tests.tracing import tshark
 from tracing import luagen, pcapng
-from tracing.file import Meta, Trace, meta_of
+from tracing.file import Trace
 from tracing.file import Writer as TraceWriter
+from tracing.meta import Meta, meta_of
 from tracing.records import Record
 from tracing.rings import Ring
 

@@ -118,9 +118,7 @@ class AddressMap:
                     "space": e.space,
                     "mirror_page": e.mirror_page,
                     "mirror_slots": [list(pair) for pair in e.mirror_slots.items()],
-                    "range": {
-                        k: sorted(v) if isinstance(v, frozenset) else v for k, v in asdict(e.range).items()
-                    },
+                    "range": {k: _plain(v) for k, v in asdict(e.range).items()},
                 }
                 for space in ("port", "mmio")
                 for e in self._entries[space]
@@ -138,6 +136,7 @@ class AddressMap:
             for label in ("posted", "prompt", "mirrored", "relaxed", "own"):
                 r[label] = frozenset(r[label])
             r["latched"] = tuple((offset, setter) for offset, setter in r["latched"])
+            r["names"] = dict(r.get("names", ()))
             slot_of = dict(e["mirror_slots"])
             new._add(Entry(e["node"], e["base"], kind(**r), e["mirror_page"], slot_of))
         for irq, node, line in plain["lines"]:
@@ -160,6 +159,12 @@ class AddressMap:
         i = bisect_right(self._bases[space], entry.base)
         self._bases[space].insert(i, entry.base)
         self._entries[space].insert(i, entry)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
 
 
 def _classes(r: IoRange) -> str:

@@ -6,7 +6,8 @@ Why three classes: docs/decisions/002-three-classes-of-io.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 Space = Literal["port", "mmio"]
@@ -24,6 +25,8 @@ class IoRange:
     `widths`: access sizes in bytes that the device accepts whole and naturally aligned; wider or misaligned
     accesses are split, little-endian, before they reach it.
     The other sets hold offsets; a register in none of them is synchronous both ways.
+    `names`: of registers by offset, as the data sheet has them, for people who read traces; "RBR|THR" where
+    reading and writing reach different ones.
     """
 
     SPACE: ClassVar[Space]
@@ -37,6 +40,7 @@ class IoRange:
     relaxed: frozenset[int] = frozenset()  # mirrored, and no posted write can change what is read
     own: frozenset[int] = frozenset()  # mirrored, and of posted writes only its own change what is read
     latched: tuple[tuple[int, int], ...] = ()  # (read, posted): one-byte registers, see bus.mirror.Latch
+    names: Mapping[int, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         def require(truth: bool, complaint: str) -> None:
@@ -62,6 +66,14 @@ class IoRange:
             require(0 <= offset < self.length and offset not in self.mirrored,
                     f"latched offset {offset} is mirrored or outside its {self.length} bytes")  # fmt: skip
             require(setter in self.posted, f"offset {setter}, which sets a latch, isn't posted")
+        for offset, name in self.names.items():
+            inside = 0 <= offset < self.length and name != ""
+            require(inside, f"name {name!r} of offset {offset} is empty or outside its {self.length} bytes")
+
+    def register(self, offset: int, write: bool) -> str:
+        """Name of the register at an offset; one without a name is `range+offset`."""
+        first, _, second = self.names.get(offset, "").partition("|")
+        return (second if write and second else first) or f"{self.name}+{offset:#x}"
 
     def accepts(self, offset: int, width: int) -> bool:
         """Whether the device takes this access whole."""

@@ -81,12 +81,13 @@ class Trace:
             if first is None or first[0] != META:
                 raise BadTrace(f"{path}: the trace file has no beginning")
             self.meta = msgspec.msgpack.decode(first[3], type=Meta)
+            self._begin = self._file.tell()
         except (Damage, msgspec.DecodeError) as error:
             raise BadTrace(f"{path}: the trace file's beginning is damaged: {error}") from error
 
     def records(self) -> Iterator[tuple[int, Record]]:
         """(number of the ring, record), in the order of the file: by ring in order, not by time."""
-        begin = self._file.tell()
+        self._file.seek(self._begin)
         decompressor = zstandard.ZstdDecompressor()
         readers = [Reader() for _ in self.meta.rings]
         ends: dict[int, int] = {}  # position behind the last piece, by ring
@@ -118,8 +119,58 @@ class Trace:
                     raise Damage(f"{damage} (ring {self.meta.rings[ring]})", at) from damage
         except Damage as damage:
             self.complaints.append(f"{self.path}: damaged at byte {damage.at}: {damage}; read up to there")
-        finally:
-            self._file.seek(begin)
+
+    def rings(self) -> list[Iterator[Record]]:
+        """The records of each ring, read piece by piece as they are asked for: for who merges them by time.
+
+        Where records are lost comes a BLOCK_BEGINS, and its `number` says how many. `complaints` and `lost`
+        as with records().
+        """
+        self._file.seek(self._begin)
+        self.complaints.clear()
+        self.lost.clear()
+        pieces: list[list[int]] = [[] for _ in self.meta.rings]  # places in the file
+        try:
+            while True:
+                at = self._file.tell()
+                chunk = self._next(None)
+                if chunk is None:
+                    self.complaints.append(f"{self.path}: ends at byte {at} without its end: cut short")
+                    break
+                kind, ring, _, _ = chunk
+                if kind == END:
+                    break
+                if kind != PIECE or ring >= len(pieces):
+                    raise Damage(f"a chunk of kind {kind} for ring {ring}", at)
+                pieces[ring].append(at)
+        except Damage as damage:
+            self.complaints.append(f"{self.path}: damaged at byte {damage.at}: {damage}; read up to there")
+        return [self._ring(number, places) for number, places in enumerate(pieces)]
+
+    def _ring(self, ring: int, places: list[int]) -> Iterator[Record]:
+        reader, decompressor = Reader(), zstandard.ZstdDecompressor()
+        end = counted = 0
+        for at in places:
+            try:
+                self._file.seek(at)
+                chunk = self._next(decompressor)
+                assert chunk is not None
+                position, body = chunk[2:]
+                if position != end and position % BLOCK:
+                    raise Damage(f"a piece of ring {ring} begins in the middle of a block", at)
+                end = position + len(body)
+                for record in reader.records(body):
+                    if record.kind != BLOCK_BEGINS:
+                        counted += 1
+                        yield record
+                    elif (lost := record.one - counted) > 0:
+                        counted = record.one
+                        self.lost[ring] = self.lost.get(ring, 0) + lost
+                        yield record._replace(number=lost)
+            except Damage as damage:
+                what = f"{damage} (ring {self.meta.rings[ring]})"
+                self.complaints.append(f"{self.path}: damaged at byte {at}: {what}; read up to there")
+                return
 
     def close(self) -> None:
         self._file.close()
@@ -130,8 +181,9 @@ class Trace:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _next(self, decompressor: zstandard.ZstdDecompressor) -> tuple[int, int, int, bytes] | None:
-        """(kind, ring, position, body) of the next chunk; None where the file ends."""
+    def _next(self, decompressor: zstandard.ZstdDecompressor | None) -> tuple[int, int, int, bytes] | None:
+        """(kind, ring, position, body) of the next chunk; None where the file ends. Without a decompressor
+        the body stays as it is."""
         at = self._file.tell()
         head = self._file.read(HEAD.size)
         if not head:
@@ -146,7 +198,7 @@ class Trace:
             raise Damage("a chunk is cut short", at)
         if crc32(body, crc32(head[8:])) != check:
             raise Damage("a chunk's checksum is wrong", at)
-        if kind == PIECE:
+        if kind == PIECE and decompressor is not None:
             try:
                 body = decompressor.decompress(body, max_output_size=BLOCK)
             except zstandard.ZstdError as error:

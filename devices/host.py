@@ -232,10 +232,10 @@ class Host:
     def perform(self) -> None:
         outputs, self._outputs = self._outputs, []
         for channel, data in outputs:
-            self._backends[channel].write(data)
             position = self._put_out.get(channel, 0)
+            self._notes.output(channel, len(data), position)  # first: `consoles` may be faster than we
+            self._backends[channel].write(data)
             self._put_out[channel] = position + len(data)
-            self._notes.output(channel, len(data), position)
         self._endpoint.release()
 
     # --- inside -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from bus.frames import KIND_OF, ApicMessage, IntAck, Intr
+from bus.frames import KIND_OF, ApicMessage, IntAck, Intr, Ping
 from tracing.joining import FIXED, LOWEST, NMI, NMI_VECTOR, Filter, steps
 from tracing.steps import HEADER_ITEMS, KIND, SEQ, SPAN, Step
 
@@ -30,6 +30,7 @@ HOPE_NS = 60_000_000_000  # the same, while something is lacking
 OPEN_MAX = 20_000  # chains that are not over
 STEPS_MAX = 10_000  # of one chain; what follows is another one
 APIC_MESSAGE, INTR, INT_ACK = (KIND_OF[cls] for cls in (ApicMessage, Intr, IntAck))
+CONTROL = KIND_OF[Ping]  # frames of this kind and above are no I/O
 _BEGINS = ("access", "open-bus", "timer", "input", "typed", "disk-done", "process", "lost")
 _SENT = "it led to no frame in the trace"
 _Need = tuple[object, ...]
@@ -172,7 +173,8 @@ class Chain:
 
 def _may_begin(step: Step, rings: frozenset[str]) -> bool:
     if step.kind == "frame":
-        return step.record.name not in rings
+        control = step.items is not None and step.items[KIND] >= CONTROL
+        return control or step.record.name not in rings
     return step.kind in _BEGINS or (step.kind == "vector" and step.way == "apic" and step.irq < 0)
 
 

@@ -131,7 +131,7 @@ class Linker:
         self._ids = OWN_IDS
         self._alias: Memory[int, int] = Memory()  # trace of frames -> chain
         self._rises: dict[tuple[str, int], int] = {}  # (controller, irq) -> chain of its last rise
-        self._marks: Memory[int, list[int]] = Memory()  # trace -> lines of the messages that it sent
+        self._marks: Memory[int, list[tuple[int, int]]] = Memory()  # trace -> irq, chain of messages it sent
         self._used: Memory[tuple[int, str], int] = Memory()  # (trace, CPU) -> how many have arrived
         self._pending: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (CPU, vector) -> chain, irq
         self._last: dict[tuple[str, int], tuple[int, int]] = {}  # of the last delivery, if it was for several
@@ -213,22 +213,23 @@ class Linker:
         step.chain = owner.chain
         items = owner.items
         if step.record.name == IRQ and items is not None and items[KIND] != INT_ACK:
-            lines = self._marks.get(items[TRACE])
-            if lines is None:
-                self._marks.put(items[TRACE], [step.record.one])
+            irq = step.record.one
+            sent = irq, self._rises.get((step.ring.node, irq), owner.chain)
+            sents = self._marks.get(items[TRACE])
+            if sents is None:
+                self._marks.put(items[TRACE], [sent])
             else:
-                lines.append(step.record.one)
+                sents.append(sent)
 
     def _message(self, step: Step, trace: int) -> None:
         items, cpu = step.items, step.ring.node
         assert items is not None
         if not step.ring.cpu and len(items) > HEADER_ITEMS + 1 and type(items[HEADER_ITEMS]) is int:
             used = self._used.get((trace, cpu), 0)
-            lines = self._marks.get(trace, [])
-            if used < len(lines):
+            sents = self._marks.get(trace, ())
+            if used < len(sents):
                 self._used.put((trace, cpu), used + 1)
-                step.irq = lines[used]
-                step.chain = self._rises.get((step.record.name, step.irq), step.chain)
+                step.irq, step.chain = sents[used]
             vector, mode = items[HEADER_ITEMS : HEADER_ITEMS + 2]
             if mode in (FIXED, LOWEST, NMI):
                 key = cpu, NMI_VECTOR if mode == NMI else vector

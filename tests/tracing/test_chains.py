@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bus.frames import PostedBatch, Read, StringIn, StringInReply
-from bus.recorder import LONG, MMIO, POSTED, WRITE
+from bus.frames import ApicMessage, PostedBatch, Read, StringIn, StringInReply
+from bus.recorder import LONG, MARK, MMIO, POSTED, WRITE
 from tests.tracing.maker import COM1, DISK_BASE, PIC_BASE, Maker, batch_of
 from tracing.chains import Chain, Filter, Step, steps
 from tracing.file import Trace
@@ -186,7 +186,7 @@ def test_an_interrupt_through_the_ioapic(make: Maker) -> None:
 def test_an_interrupt_that_is_not_over(make: Maker) -> None:
     first = make.posted(1)
     make.line("ioapic", 4, True, first)
-    make.rings["ioapic"].long(15, 0, "irq", make.tick(), 4)
+    make.rings["ioapic"].long(MARK, 0, "irq", make.tick(), 4)
     second = make.posted(2)
     make.line("ioapic", 3, True, second)
     make.message(3, 0x33, second)
@@ -244,6 +244,23 @@ def test_messages_that_merge_while_they_wait_are_one_interrupt_of_both_chains(ma
     assert found[first].complete, found[first].why_not
     assert found[second].complete, found[second].why_not
     assert found[first].steps[-1] is found[second].steps[-1]
+
+
+def test_a_message_that_arrives_after_the_next_rise_is_of_the_first(make: Maker) -> None:
+    first, second = make.posted(1), make.posted(2)
+    marks = make.rings["ioapic"]
+    for trace in (first, second):
+        make.line("ioapic", 4, True, trace)
+        marks.long(MARK, 0, "irq", make.tick(), 4)
+        make.line("ioapic", 4, False, trace)
+    for trace in (first, second):
+        make.frame("cpu0", "ioapic", ApicMessage(0x34, 0, 0, 0, False, True), trace)
+        make.vector(0x34)
+        make.eoi(0x34)
+    found = make.chains()
+    for trace in (first, second):
+        assert [s.kind for s in found[trace].steps].count("vector") == 1
+        assert found[trace].complete, found[trace].why_not
 
 
 def test_the_local_apics_own_timer_begins_a_chain(make: Maker) -> None:
@@ -324,7 +341,7 @@ def test_disk_io_with_its_dma_and_interrupt(make: Maker) -> None:
     trace = make.batch("disk0", 1)
     place = make.frame("disk0", "cpu0.io", PostedBatch((("regs", 0x50, 4, 0),)), trace, trace, done=False)
     ring = make.rings["disk0"]
-    ring.long(15, 0, "queue", make.tick(), 0)
+    ring.long(MARK, 0, "queue", make.tick(), 0)
     ring.dma([(0x1000, 16, False)])
     make.disk(trace, 8192, 4096)
     ring.dma([(0x2000, 4096, True)])

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from bus.mirror import slots
 from bus.ranges import WIDTHS, IoRange, MmioRange, PortRange, Space
@@ -22,8 +24,7 @@ class MapConflict(ValueError):
     """Two devices claim the same addresses or the same line, or a claim lies outside the space."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One register range of one device at its place. `mirror_slots`: slot in the device's mirror page by
     offset; `mirror_page`: index of that page, None for a device without mirrored registers."""
 

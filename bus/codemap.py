@@ -16,7 +16,7 @@ import time
 REGION = "code"
 PAGE = 4096
 HOLDS, WRITTEN = 1, 2
-_MARKED = re.compile(rb"[\2\3]")
+_MARKED = rb"[\2\3]"
 
 
 def size_of(memory_size: int) -> int:
@@ -51,4 +51,4 @@ class CodeMap:
 
     def marked(self) -> list[int]:
         """Pages that are WRITTEN."""
-        return [found.start() for found in _MARKED.finditer(bytes(self.pages))]
+        return [found.start() for found in re.finditer(_MARKED, bytes(self.pages))]

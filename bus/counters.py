@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 SUB_BITS = 2  # four buckets per power of two: a quantile is at most 25 % too high
 BUCKETS = 64 << SUB_BITS
@@ -45,8 +46,7 @@ def _upper_bound_ns(bucket: int) -> int:
     return ((bucket - (shift << SUB_BITS) + 1) << shift) - 1
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(msgspec.Struct):
     """`latency` is the way of a frame (received minus sent) for a node that is asked, and the round trip
     for one that asks."""
 
@@ -56,7 +56,7 @@ class Counters:
     lost: int = 0  # frames dropped because one before them was missing; they come again
     duplicated: int = 0  # frames dropped because their number had been seen
     unroutable: int = 0  # replies whose asker is gone
-    latency: Histogram = field(default_factory=Histogram)
+    latency: Histogram = msgspec.field(default_factory=Histogram)
 
     def to_plain(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,8 @@ Left out: a multi-byte register made of single bytes may be seen half updated; o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from bus.ranges import BadRange, IoRange
 
@@ -27,8 +28,7 @@ DONE = RECORDS * RECORD_WORDS  # word, from the first record on
 NS = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Counter:
+class Counter(msgspec.Struct, frozen=True):
     """A register that counts by itself: `(start + (now - base_ns) * freq_hz // 10**9) & mask`.
 
     Covers `width` bytes from its offset on, and answers accesses of any width inside them.
@@ -44,8 +44,7 @@ class Counter:
         return (self.start + (now_ns - self.base_ns) * self.freq_hz // NS) & self.mask
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """A one-byte register that changes once: `before` until at_ns, `after` from then on.
 
     The bits of `toggle` are inverted in every other period of `toggle_ns`, counted from clock zero.
@@ -63,8 +62,7 @@ class Step:
         return value ^ self.toggle if now_ns // self.toggle_ns & 1 else value
 
 
-@dataclass(frozen=True, slots=True)
-class Latch:
+class Latch(msgspec.Struct, frozen=True):
     """A one-byte register that reads as `high` once after something set it, then as `low`: reading clears it.
 
     What sets it is a posted write of the register that IoRange.latched names with it, and nothing else that

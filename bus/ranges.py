@@ -7,8 +7,9 @@ Why three classes: docs/decisions/002-three-classes-of-io.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import ClassVar, Literal
+
+import msgspec
 
 Space = Literal["port", "mmio"]
 WIDTHS = (1, 2, 4)  # bytes; what IN, OUT and a 32-bit load or store can carry
@@ -18,8 +19,7 @@ class BadRange(ValueError):
     """A device declares a register range that makes no sense."""
 
 
-@dataclass(frozen=True, slots=True)
-class IoRange:
+class IoRange(msgspec.Struct, frozen=True):
     """Registers of one device at consecutive addresses; the machine file supplies the base address.
 
     `widths`: access sizes in bytes that the device accepts whole and naturally aligned; wider or misaligned
@@ -40,7 +40,7 @@ class IoRange:
     relaxed: frozenset[int] = frozenset()  # mirrored, and no posted write can change what is read
     own: frozenset[int] = frozenset()  # mirrored, and of posted writes only its own change what is read
     latched: tuple[tuple[int, int], ...] = ()  # (read, posted): one-byte registers, see bus.mirror.Latch
-    names: Mapping[int, str] = field(default_factory=dict, hash=False)
+    names: Mapping[int, str] = {}
 
     def __post_init__(self) -> None:
         def require(truth: bool, complaint: str) -> None:
@@ -70,6 +70,9 @@ class IoRange:
             inside = 0 <= offset < self.length and name != ""
             require(inside, f"name {name!r} of offset {offset} is empty or outside its {self.length} bytes")
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.length))
+
     def register(self, offset: int, write: bool) -> str:
         """Name of the register at an offset; one without a name is `range+offset`."""
         first, _, second = self.names.get(offset, "").partition("|")
@@ -80,15 +83,13 @@ class IoRange:
         return width in self.widths and offset % width == 0 and 0 <= offset <= self.length - width
 
 
-@dataclass(frozen=True, slots=True)
-class PortRange(IoRange):
+class PortRange(IoRange, frozen=True):
     """A block of I/O ports."""
 
     SPACE: ClassVar[Space] = "port"
 
 
-@dataclass(frozen=True, slots=True)
-class MmioRange(IoRange):
+class MmioRange(IoRange, frozen=True):
     """A block of memory-mapped registers."""
 
     SPACE: ClassVar[Space] = "mmio"

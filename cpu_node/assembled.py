@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import stat
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
+from bus.checksum import blake2b
 from cpu_node.folders import Refused, check_owner, open_folder
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _assembler() -> Ks:
 
 def _key(text: str, ha: int) -> bytes:
     """What identifies a piece: its text and where it is to lie."""
-    return hashlib.blake2b(f"{ha:#x}\n{text}".encode(), digest_size=_DIGEST).digest()
+    return blake2b(f"{ha:#x}\n{text}".encode(), digest_size=_DIGEST).digest()
 
 
 def load(folder: Path, tag: bytes) -> None:
@@ -113,14 +113,14 @@ def _opened(folder: Path, tag: bytes) -> Iterator[int]:
 
 def _pack(tag: bytes) -> bytes:
     body: bytes = msgpack.packb(_known)
-    return _MAGIC + tag + hashlib.blake2b(body, digest_size=_DIGEST).digest() + body
+    return _MAGIC + tag + blake2b(body, digest_size=_DIGEST).digest() + body
 
 
 def _unpack(data: bytes, tag: bytes) -> dict[bytes, bytes]:
     """Raises Refused."""
     head = _MAGIC + tag
     digest, body = data[len(head) : len(head) + _DIGEST], data[len(head) + _DIGEST :]
-    if not data.startswith(head) or hashlib.blake2b(body, digest_size=_DIGEST).digest() != digest:
+    if not data.startswith(head) or blake2b(body, digest_size=_DIGEST).digest() != digest:
         raise Refused(f"{NAME} is damaged")
     found = msgpack.unpackb(body, strict_map_key=False)
     if not isinstance(found, dict):

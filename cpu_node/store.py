@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import itertools
 import logging
@@ -29,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bus.checksum import blake2b
 from cpu_node.folders import Refused, check_owner, open_folder
 from cpu_node.kept import Kept, Key, Probe, key_of, label, unpack
 from cpu_node.line import Line
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 def version(host: Iterable[str]) -> bytes:
     """What a translation depends on besides its key: all sources here, keystone, the host CPU's flags."""
-    digest = hashlib.blake2b(digest_size=32)
+    digest = blake2b(digest_size=32)
     for file in sorted(Path(__file__).parent.glob("*.py")):
         text = file.read_bytes()
         digest.update(f"{file.name} {len(text)}\n".encode() + text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +21,24 @@ from launcher.launch import MachineEnd
 from launcher.names import CPU, MEMORY
 from launcher.pausing import Ask, NotQuiet, Pausing
 from launcher.processes import Processes
-from launcher.pump import Pump
 from launcher.swapping import SwapRefused
 from launcher.swaps import Swaps
 
 if TYPE_CHECKING:
+    from launcher.pump import Pump
     from launcher.snapshotting import Snapshots
 
 STATS_NS = 300_000_000
 
 
-@dataclass(slots=True)
-class _PsRequest:
+class _PsRequest(msgspec.Struct):
     """Of `launcher ps`, or of `launcher stats`, which is shown all counters."""
 
     client: int
     everything: bool
     deadline_ns: int
     missing: set[str]
-    counters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counters: dict[str, dict[str, Any]] = {}
 
 
 class Commands:

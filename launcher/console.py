@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 ESCAPE = 0x1D  # Ctrl-]
 LEAVE = ord("q")
 HOW_TO_LEAVE = "Ctrl-] then q leaves"
 
 
-@dataclass(slots=True)
-class KeyFilter:
+class KeyFilter(msgspec.Struct):
     """Finds Ctrl-] q among typed bytes. Ctrl-] twice sends one; before any other key it is just a key."""
 
     escaped: bool = False

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from launcher.facts import MachineFacts
 from launcher.forkserver import ChildSpec
@@ -22,8 +22,7 @@ from launcher.launch import Launch
 STATE, IMAGES = 0, 1  # places of descriptors
 
 
-@dataclass(frozen=True, slots=True)
-class DepositedProcess:
+class DepositedProcess(msgspec.Struct, frozen=True):
     """One node's. `ready`: as the launcher knew it."""
 
     pid: int
@@ -33,8 +32,7 @@ class DepositedProcess:
     control: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Deposit:
+class Deposit(msgspec.Struct, frozen=True):
     """`images`: address and size of each, one behind the other. `kept`: descriptors of the rim, by name."""
 
     machine: str

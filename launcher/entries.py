@@ -1,12 +1,11 @@
-"""The programs that a machine's processes run. Imports nothing: the fork server starts before all else."""
+"""The programs that a machine's processes run. Imports nothing of ours: the fork server starts first."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Preload:
+class Preload(msgspec.Struct, frozen=True):
     """Modules that processes need: all of them; the one that is forked ahead; the others."""
 
     shared: tuple[str, ...]
@@ -14,8 +13,7 @@ class Preload:
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class EntryPoints:
+class EntryPoints(msgspec.Struct, frozen=True):
     """What the processes run: "package.module.function", each called with its config."""
 
     cpu: str = "cpu_node.node.run"

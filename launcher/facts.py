@@ -5,13 +5,13 @@ Imports nothing of ours: every start needs it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class MachineDisk:
+
+class MachineDisk(msgspec.Struct, frozen=True):
     """A disk of a device. `overlay`: where the machine's writes go instead of `path`; None: into the file."""
 
     node: str
@@ -22,8 +22,7 @@ class MachineDisk:
     overlay: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MachineFacts:
+class MachineFacts(msgspec.Struct, frozen=True):
     """The machine file (its name for the machine, its path, its text), the device shown by `up`, disks."""
 
     name: str

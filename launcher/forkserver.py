@@ -27,9 +27,10 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+import msgspec
 
 from launcher.entries import Preload
 from launcher.errors import MachineDied
@@ -41,8 +42,7 @@ STDERR = 2
 FORK_DEADLINE_S = 30.0  # for the imports and one fork, on a busy host
 
 
-@dataclass(frozen=True, slots=True)
-class ChildSpec:
+class ChildSpec(msgspec.Struct, frozen=True):
     """What one child is to run: `entry` is "package.module.function", called with `config`."""
 
     node: str
@@ -51,11 +51,10 @@ class ChildSpec:
     title: str
     log: Path
     host_cpus: tuple[int, ...] = ()  # the cores it may run on once it is ready; empty: all
-    fds: Mapping[str, int] = field(default_factory=dict)  # descriptors it is given, at most wire.FDS_MAX
+    fds: Mapping[str, int] = {}  # descriptors it is given, at most wire.FDS_MAX
 
 
-@dataclass(slots=True)
-class Child:
+class Child(msgspec.Struct):
     """A forked process, as the launcher sees it. `pidfd` becomes readable when it ends."""
 
     node: str
@@ -63,14 +62,13 @@ class Child:
     pidfd: int
 
 
-@dataclass(slots=True)
-class ForkServer:
+class ForkServer(msgspec.Struct):
     """The launcher's handle: `sock` becomes readable when there are reports."""
 
     pid: int
     pidfd: int
     sock: socket.socket
-    statuses: dict[int, int] = field(default_factory=dict)  # wait status by pid
+    statuses: dict[int, int] = {}  # wait status by pid
     stopped: bool = False
     is_child: bool = True  # else it was another launcher's
 
@@ -175,8 +173,7 @@ class ForkServer:
 # ---- inside the fork server ------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Ahead:
+class _Ahead(msgspec.Struct):
     """A child that has no request yet: it imports its module and waits."""
 
     module: str

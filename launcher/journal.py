@@ -9,11 +9,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bus.frames import Event
 from launcher.errors import one_line
 from launcher.options import LEVELS
-from launcher.pump import Pump
+
+if TYPE_CHECKING:
+    from launcher.pump import Pump
 
 LEVEL_OF_KIND = {
     "open-bus": "info",  # every Linux probes for things that aren't there

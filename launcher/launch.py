@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from launcher.facts import MachineFacts
 from launcher.forkserver import ChildSpec
@@ -26,8 +27,7 @@ class MachineEnd(Exception):
         self.left = False  # another launcher goes on with it
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True):
     """All that a machine is made of, in the order of its start."""
 
     machine: str

@@ -7,7 +7,8 @@ that has them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from launcher.errors import ConfigError
 from launcher.forkserver import ChildSpec

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from launcher.errors import ConfigError
 
@@ -12,8 +13,7 @@ LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_LEVEL = "warning"
 
 
-@dataclass(frozen=True, slots=True)
-class UpOptions:
+class UpOptions(msgspec.Struct, frozen=True):
     """None stands for what the machine file says, or for no limit."""
 
     file: Path

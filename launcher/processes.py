@@ -15,10 +15,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from bus.endpoint import Endpoint
 from bus.frames import Attend
@@ -49,8 +51,7 @@ REPLACED = 64  # how many are remembered
 LAST_WORDS_S = 0.2  # for what a process sent, and what is said of it, before it ended
 
 
-@dataclass(slots=True)
-class Process:
+class Process(msgspec.Struct):
     """A process of the machine as `ps` and the one-line obituary describe it."""
 
     child: Child
@@ -59,10 +60,10 @@ class Process:
     was_ready: bool = False
     killed: bool = False  # by `launcher kill`: no crash
     swaps: int = 0
-    restarts: Restarts = field(default_factory=Restarts)
+    restarts: Restarts = msgspec.field(default_factory=Restarts)
     control: socket.socket | None = None  # of all but the CPU, see launcher/swapping.py
-    replaces: list[int] = field(default_factory=list)  # pids of its device that ended; the CPU isn't back yet
-    replaced: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=REPLACED))  # and when
+    replaces: list[int] = []  # pids of its device that ended; the CPU isn't back yet
+    replaced: deque[tuple[int, int]] = msgspec.field(default_factory=lambda: deque(maxlen=REPLACED))  # when
     last_words: str = ""  # why it is about to end, in its own words
     last_frame: str = ""
     last_frame_ns: int = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import select
 import signal
@@ -20,9 +21,10 @@ import socket
 import sys
 import termios
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from launcher.console import HOW_TO_LEAVE, KeyFilter, TextWatch
 from launcher.forkserver import close_other_descriptors, redirect_standard, run_and_exit, set_title
@@ -35,16 +37,14 @@ INPUT_LIMIT = 64 << 10  # unsent input kept; beyond it, standard input is not re
 ORPHAN_DRAIN_S = 2.0  # after the launcher's death; its socket ends as soon as the kernel has ended `consoles`
 
 
-@dataclass(frozen=True, slots=True)
-class PumpOptions:
+class PumpOptions(msgspec.Struct, frozen=True):
     """`show`: bytes go to standard output and come from standard input. `until`: text to watch for."""
 
     show: bool
     until: bytes | None = None
 
 
-@dataclass(slots=True)
-class Pump:
+class Pump(msgspec.Struct):
     """The launcher's handle: `sock` becomes readable when there are records."""
 
     pid: int
@@ -63,6 +63,7 @@ class Pump:
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
+            gc.enable()
             run_and_exit(lambda: _PumpProcess(theirs, parent, options, terminal).run())
         theirs.close()
         os.close(parent)

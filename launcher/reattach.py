@@ -12,9 +12,11 @@ import os
 import select
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from bus.frames import PROTOCOL_VERSION
 from launcher.control import NoAnswer, ask
@@ -33,8 +35,7 @@ from memory_node import wire
 ATTACH_S = 60.0  # for the launcher before us to leave, on a busy host
 
 
-@dataclass(frozen=True, slots=True)
-class Here:
+class Here(msgspec.Struct, frozen=True):
     """A machine that runs. `launcher`: its pid, None: it has none."""
 
     keeper: int
@@ -44,8 +45,7 @@ class Here:
     nodes: tuple[tuple[str, int], ...]
 
 
-@dataclass(slots=True)
-class Inherited:
+class Inherited(msgspec.Struct):
     """What the new launcher has got. `processes`: of each node that one; those to be ended besides."""
 
     deposit: Deposit

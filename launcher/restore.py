@@ -12,20 +12,21 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from launcher.daemon import OnReady, run_in_background
 from launcher.entries import EntryPoints
 from launcher.errors import EXIT_OK, ConfigError
 from launcher.forkserver import ChildSpec, ForkServer
-from launcher.pump import Pump, PumpOptions
 from launcher.unpacking import Unpacking
 
 if TYPE_CHECKING:
     from launcher.affinity import CoreLoad
     from launcher.facts import MachineDisk
+    from launcher.pump import Pump
     from launcher.snapshot import DiskUse, Index, NodeRecord, Snapshot
     from launcher.tsc_unsafe import TscClock
 
@@ -33,8 +34,7 @@ OVERLAY = "{node}-{disk}.overlay"
 TSC_TOLERANCE = 1e-3  # of the frequency that the guest was told
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
+class RestoreOptions(msgspec.Struct, frozen=True):
     """None stands for what the snapshot says, or for no limit."""
 
     file: Path
@@ -46,8 +46,7 @@ class RestoreOptions:
     log_level: str
 
 
-@dataclass(slots=True)
-class Restored:
+class Restored(msgspec.Struct):
     """What the supervisor needs besides: the time to go on from, and when memory is complete."""
 
     clock_ns: int
@@ -76,6 +75,8 @@ def _run(options: RestoreOptions, entries: EntryPoints, ready: OnReady | None) -
         cleanup.callback(forkserver.stop)
         pump = None
         if ready is None or options.until is not None:
+            from launcher.pump import Pump, PumpOptions
+
             until = options.until.encode() if options.until is not None else None
             pump = Pump.start(PumpOptions(show=ready is None, until=until))
             cleanup.callback(pump.stop)

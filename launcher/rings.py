@@ -6,8 +6,9 @@ The launcher keeps the descriptors, so that a new process gets what the one befo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, get_args
+
+from msgspec.structs import replace
 
 from devices import rim
 from devices.consoles import make_table

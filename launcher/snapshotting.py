@@ -11,9 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from bus.frames import Save, SaveReply
 from launcher.facts import MachineDisk
@@ -30,8 +32,7 @@ OWN = frozenset(("node", "run_dir", "machine", "log_level", "clock_offset_ns", "
                  "features", "overlays", "fds", "standby"))  # fmt: skip
 
 
-@dataclass(slots=True)
-class _Work:
+class _Work(msgspec.Struct):
     """One snapshot on its way."""
 
     client: int

@@ -9,6 +9,7 @@ ends the machine. Nothing can survive: see the chain of life in launcher/forkser
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,12 @@ from launcher.memory import load_images
 from launcher.names import CPU, MEMORY
 from launcher.pausing import NotQuiet, Pausing
 from launcher.processes import LAST_WORDS_S, SECOND_NS, Process, Processes
-from launcher.pump import Pump
 from launcher.recording import Draining
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 
 if TYPE_CHECKING:
+    from launcher.pump import Pump
     from launcher.reattach import Inherited
 
 LAUNCHER = "launcher"
@@ -99,6 +100,9 @@ class Supervisor:
                     on_ready()
                 raise
             on_ready()
+            if not gc.isenabled():  # launcher/start.py
+                gc.freeze()
+                gc.enable()
             while True:
                 if (line := self._depositing.update()) is not None:
                     self._journal.tell(line)

@@ -29,8 +29,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from launcher.errors import EXIT_DIED, EXIT_INPUT
 from launcher.forkserver import Child, ChildSpec
@@ -50,8 +52,7 @@ class SwapRefused(RuntimeError):
         self.exit_status = exit_status
 
 
-@dataclass(frozen=True, slots=True)
-class Swapped:
+class Swapped(msgspec.Struct, frozen=True):
     """A swap that was done. Times on CLOCK_MONOTONIC in ns."""
 
     child: Child

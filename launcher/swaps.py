@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from launcher.errors import EXIT_DIED
 from launcher.forkserver import ChildSpec
@@ -19,8 +20,7 @@ from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
 Answer = Callable[[dict[str, Any]], None]
 
 
-@dataclass(slots=True)
-class _Swap:
+class _Swap(msgspec.Struct):
     """One under way. `done`: all but the CPU's connection."""
 
     standby: Standby

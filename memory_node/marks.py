@@ -11,10 +11,10 @@ Left out: a page rewritten with the same bytes is not reported; it needs no copy
 from __future__ import annotations
 
 import os
-from hashlib import blake2b
 
 import msgpack
 
+from bus.checksum import blake2b
 from memory_node.regions import PAGE
 from memory_node.store import CHUNK, BadAccess, Store, data_extents
 

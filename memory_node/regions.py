@@ -8,10 +8,12 @@ Left out: RAM above 4 GiB, hot plug.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from bus import codemap
 
@@ -36,8 +38,7 @@ class BadRegions(ValueError):
     """A set of regions that cannot be one machine's memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(msgspec.Struct, frozen=True):
     """`size` bytes at guest physical `base` (0 for what has no guest address)."""
 
     name: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from launcher.deposit import IMAGES, Deposit, DepositedImages, DepositedProcess, pack, unpack
 from launcher.facts import MachineDisk, MachineFacts

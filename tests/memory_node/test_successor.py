@@ -9,10 +9,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from bus.endpoint import Endpoint
 from bus.frames import Ping, Pong

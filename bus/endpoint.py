@@ -12,7 +12,7 @@ import functools
 import os
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,8 +156,19 @@ class Endpoint:
 
         Raises NoReply, RequestRefused. A late answer to an earlier request is dropped.
         """
-        span = self.send(peer, frame, trace)
+        return self._await(peer, frame, self.send(peer, frame, trace), self.now_ns(), timeout_ns)
+
+    def request_all(self, peers: Sequence[str], frame: Frame, timeout_ns: int) -> list[Frame]:
+        """The same of several, which work on it side by side if they are met; answers in the same order."""
+        spans = [self.send(peer, frame) for peer in peers]
         started_ns = self.now_ns()
+        return [
+            self._await(peer, frame, span, started_ns, timeout_ns)
+            for peer, span in zip(peers, spans, strict=True)
+        ]
+
+    def _await(self, peer: str, frame: Frame, span: int, started_ns: int, timeout_ns: int) -> Frame:
+        """The answer to a request; see there."""
         dealer = self._dealers[peer]
         while (left_ns := started_ns + timeout_ns - self.now_ns()) >= 0:
             if not _readable(dealer):

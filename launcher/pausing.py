@@ -8,7 +8,7 @@ on from the latest of these (docs/decisions/055-the-machines-time.md).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bus.frames import Continue, ContinueReply, Frame, Pause, PauseReply
@@ -16,6 +16,7 @@ from bus.frames import Continue, ContinueReply, Frame, Pause, PauseReply
 DRAIN_S = 5.0  # for frames under way, once nobody makes new ones
 
 Ask = Callable[[str, Frame], Frame]  # node, request; RuntimeError without an answer
+AskAll = Callable[[Sequence[str], Frame], list[Frame]]  # several nodes, which answer side by side
 
 
 class NotQuiet(RuntimeError):
@@ -25,8 +26,8 @@ class NotQuiet(RuntimeError):
 class Pausing:
     """Of one machine. `clock_ns`: where its clock stands; None while it runs."""
 
-    def __init__(self, ask: Ask, host_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._ask = ask
+    def __init__(self, ask_all: AskAll, host_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._ask_all = ask_all
         self._host_ns = host_ns
         self.offset_ns = 0  # of the clock, while it runs
         self.clock_ns: int | None = None
@@ -52,7 +53,7 @@ class Pausing:
         if self.paused:
             return
         try:
-            replies = self._until_quiet([cpu, *devices])
+            replies = self._until_quiet(cpu, devices)
         except RuntimeError as error:
             self._undo([*devices, cpu])
             raise NotQuiet(f"not paused: {error}") from error
@@ -63,37 +64,40 @@ class Pausing:
         if self.clock_ns is None:
             return
         go_on = Continue(self.clock_ns, self._host_ns())
-        for node in (*devices, cpu):
+        for nodes in (devices, [cpu]):
             try:
-                reply = self._ask(node, go_on)
+                replies = self._ask_all(nodes, go_on)
             except RuntimeError as error:
                 raise NotQuiet(f"not resumed: {error}") from error
-            if not isinstance(reply, ContinueReply):
-                raise NotQuiet(f"not resumed: {node} answered Continue with {reply}")
+            for node, reply in zip(nodes, replies, strict=True):
+                if not isinstance(reply, ContinueReply):
+                    raise NotQuiet(f"not resumed: {node} answered Continue with {reply}")
         self.offset_ns, self.clock_ns = go_on.clock_ns - go_on.host_ns, None
 
-    def _until_quiet(self, nodes: list[str]) -> dict[str, PauseReply]:
+    def _until_quiet(self, cpu: str, devices: list[str]) -> dict[str, PauseReply]:
         deadline_ns = self._host_ns() + int(DRAIN_S * 1e9)
         while True:
-            replies = {node: self._stop(node) for node in nodes}
+            replies = self._stop([cpu]) | self._stop(devices)
             waiting = under_way({node: reply.frames for node, reply in replies.items()})
             if not waiting:
                 return replies
             if self._host_ns() > deadline_ns:
                 raise NotQuiet(f"after {DRAIN_S:g} s frames are under way: {', '.join(waiting)}")
 
-    def _stop(self, node: str) -> PauseReply:
-        reply = self._ask(node, Pause())
-        if not isinstance(reply, PauseReply):
-            raise NotQuiet(f"{node} answered Pause with {reply}")
-        return reply
+    def _stop(self, nodes: list[str]) -> dict[str, PauseReply]:
+        replies = {}
+        for node, reply in zip(nodes, self._ask_all(nodes, Pause()), strict=True):
+            if not isinstance(reply, PauseReply):
+                raise NotQuiet(f"{node} answered Pause with {reply}")
+            replies[node] = reply
+        return replies
 
     def _undo(self, nodes: list[str]) -> None:
         """No time is lost: the host's has gone on, and the clock with it."""
         now_ns = self._host_ns()
         for node in nodes:
             try:
-                self._ask(node, Continue(now_ns + self.offset_ns, now_ns))
+                self._ask_all([node], Continue(now_ns + self.offset_ns, now_ns))
             except RuntimeError:  # one that runs refuses; one that is gone is somebody else's matter
                 continue
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class Supervisor:
         self._console_asked = self._console_open = self._left = False
         self._inherited = inherited
         self._endpoint = Endpoint(launch.run_dir, LAUNCHER, afresh=True)
-        self._pausing = Pausing(self._ask)
+        self._pausing = Pausing(self._ask_all)
         self._processes = Processes(
             launch, forkserver, self._endpoint, self._pausing.node_config, inherited is not None
         )
@@ -282,6 +282,9 @@ class Supervisor:
 
     def _ask(self, node: str, frame: Frame) -> Frame:
         return self._endpoint.request(node, frame, ANSWER_NS)
+
+    def _ask_all(self, nodes: Sequence[str], frame: Frame) -> list[Frame]:
+        return self._endpoint.request_all(nodes, frame, ANSWER_NS)
 
     # ---- deaths --------------------------------------------------------------------------------
 

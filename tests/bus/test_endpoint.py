@@ -133,6 +133,33 @@ def test_request_and_reply(run_dir: Path) -> None:
         server.close()
 
 
+def test_a_request_to_several_is_with_all_of_them_before_one_answers(run_dir: Path) -> None:
+    both_asked = threading.Barrier(2)
+
+    def answer(value: int) -> Callable[[Frame], Frame]:
+        def wait_for_the_other(frame: Frame) -> Frame:
+            both_asked.wait(LONG_NS / 1e9)
+            return ReadReply(value)
+
+        return wait_for_the_other
+
+    servers = [Server(run_dir, node, answer(value)) for node, value in (("one", 1), ("two", 2))]
+    try:
+        with Endpoint(run_dir, "a") as a:
+            for peer in ("one", "two", "nobody"):
+                a.connect(peer)
+            for server in servers:
+                a.meet(server.endpoint.node, LONG_NS)
+            answers = a.request_all(["two", "one"], Read("value", 0, 1), LONG_NS)
+            assert answers == [ReadReply(2), ReadReply(1)]
+            assert a.request_all([], Ping(), LONG_NS) == []
+            with pytest.raises(NoReply, match="nobody has not answered Read"):
+                a.request_all(["nobody"], Read("value", 0, 1), 30_000_000)
+    finally:
+        for server in servers:
+            server.close()
+
+
 def test_no_reply(run_dir: Path) -> None:
     with Endpoint(run_dir, "a") as a:
         a.connect("nobody")

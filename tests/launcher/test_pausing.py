@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,6 +34,9 @@ class Nodes:
         self.late -= node == "pic"
         return PauseReply(self.clocks[node], self.frames(node))
 
+    def ask_all(self, nodes: Sequence[str], frame: Frame) -> list[Frame]:
+        return [self.ask(node, frame) for node in nodes]
+
     def frames(self, node: str) -> dict[str, Any]:
         taken = 6 if self.late > 0 else 7
         return {
@@ -44,7 +48,7 @@ class Nodes:
 
 
 def _pausing(nodes: Nodes) -> Pausing:
-    return Pausing(nodes.ask, lambda: nodes.host_ns)
+    return Pausing(nodes.ask_all, lambda: nodes.host_ns)
 
 
 def test_the_cpu_stands_first_and_goes_on_last_from_the_latest_clock() -> None:
@@ -75,13 +79,12 @@ def test_it_asks_until_all_that_was_sent_has_arrived() -> None:
 def test_what_never_arrives_undoes_the_pause() -> None:
     nodes = Nodes(late=1 << 60)
     pausing = _pausing(nodes)
-    nodes_ask = nodes.ask
 
-    def slow(node: str, frame: Frame) -> Frame:
-        nodes.host_ns += int(DRAIN_S * 1e8)
-        return nodes_ask(node, frame)
+    def slow(them: Sequence[str], frame: Frame) -> list[Frame]:
+        nodes.host_ns += int(DRAIN_S * 1e8) * len(them)
+        return nodes.ask_all(them, frame)
 
-    pausing._ask = slow
+    pausing._ask_all = slow
     with pytest.raises(NotQuiet, match=r"^not paused: after 5 s frames are under way: uart0>pic$"):
         pausing.pause(CPU, DEVICES)
     assert not pausing.paused
@@ -101,7 +104,7 @@ def test_a_node_without_an_answer_undoes_the_pause(silent: str) -> None:
 
 
 def test_a_refusal_is_no_pause() -> None:
-    pausing = Pausing(lambda node, frame: Refused("no"), lambda: 0)
+    pausing = Pausing(lambda nodes, frame: [Refused("no") for _ in nodes], lambda: 0)
     with pytest.raises(NotQuiet, match="cpu0 answered Pause with Refused"):
         pausing.pause(CPU, DEVICES)
 

@@ -89,6 +89,9 @@ class Endpoint:
         self.recorder: Recorder | None = None  # notes the frames that are taken
         self._noted = 0  # where that is done with the last one
         self._held: list[tuple[str | bytes, bytes]] | None = None  # to a peer, or to who connected to us
+        self._put_off: list[Stream] = []  # those of which frames are taken and not committed
+        self._plain: tuple[dict[str, Plain], dict[str, Plain]] = {}, {}  # see to_plain()
+        self._changed: set[str | bytes] = set()  # streams since then: to a peer, or of who connected to us
 
     def prepare(self, peers: Iterable[str]) -> None:
         """Make what bind() and connect() to these peers will take: nobody notices it."""
@@ -119,6 +122,7 @@ class Endpoint:
         dealer.connect(f"ipc://{socket_path(self.run_dir, peer)}")
         self._dealers[peer] = dealer
         self._asking[peer] = Stream(self.counters, self.now_ns, self._base)
+        self._changed.add(peer)
         self._watch(peer, dealer)
 
     def has_heard(self, peer: str) -> bool:
@@ -142,6 +146,7 @@ class Endpoint:
         Never waits: what the peer can't take now is sent when it can.
         """
         span = next(self.ids)
+        self._changed.add(peer)
         data = self._asking[peer].encode(frame, trace or span, span)
         if data is not None and peer in self._live:  # else it goes when the peer says Resume
             self._to_dealer(peer, data)
@@ -238,8 +243,16 @@ class Endpoint:
 
     def hold(self) -> None:
         """From now on frames are numbered and retained, but stay here until release(). What an earlier hold()
-        kept and nobody let go is not sent."""
+        kept and nobody let go is not sent. What is committed until then is all that was taken."""
         self._held = []
+        while self._put_off:
+            self._put_off.pop().caught_up()
+
+    def put_off(self, received: Received) -> None:
+        """This frame, which came just now, is committed with a later one: its sender is to keep it."""
+        stream = self._asked[received.peer.encode(NAMES)]
+        stream.put_off()
+        self._put_off.append(stream)
 
     def release(self) -> None:
         """Let go what was held."""
@@ -255,11 +268,15 @@ class Endpoint:
 
     def to_plain(self) -> tuple[dict[str, Plain], dict[str, Plain]]:
         """All streams, by who sends to us and by whom we connected to: what a new process of this node
-        loads."""
-        return (
-            {_name(identity): stream.to_plain() for identity, stream in self._asked.items()},
-            {peer: stream.to_plain() for peer, stream in self._asking.items()},
-        )
+        loads. It is the same object each time."""
+        asked, asking = self._plain
+        while self._changed:
+            who = self._changed.pop()
+            if isinstance(who, str):
+                asking[who] = self._asking[who].to_plain()
+            else:
+                asked[_name(who)] = self._asked[who].to_plain()
+        return self._plain
 
     def load(self, plain: Any) -> None:
         """Go on where an earlier process of this node was. After connect(), before anything is sent."""
@@ -267,9 +284,11 @@ class Endpoint:
         for name, saved in asked.items():
             stream = self._asked[name.encode(NAMES)] = Stream(self.counters, self.now_ns)
             stream.load(saved)
+            self._changed.add(name.encode(NAMES))
         for peer, saved in asking.items():
             if peer in self._asking:
                 self._asking[peer].load(saved)
+                self._changed.add(peer)
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Let what was sent leave, for up to `linger_ms` per socket, and remove the socket file."""
@@ -319,6 +338,7 @@ class Endpoint:
         stream = self._asked.get(identity)
         if stream is None:
             stream = self._asked[identity] = Stream(self.counters, self.now_ns, self._base)
+        self._changed.add(identity)
         if parts == [b""]:  # it has connected
             self.connections[identity.decode(NAMES)] = self.now_ns()
             for data in stream.connected():
@@ -346,6 +366,7 @@ class Endpoint:
 
     def _from_dealer(self, peer: str, dealer: zmq.Socket[bytes]) -> Received | None:
         parts, stream = dealer.recv_multipart(), self._asking[peer]
+        self._changed.add(peer)
         try:
             decoded = stream.decode(parts[0] if len(parts) == 1 else b"")
         except BadFrame:
@@ -377,6 +398,7 @@ class Endpoint:
             self._to_dealer(received.peer, data)
 
     def _answer(self, identity: bytes, frame: Frame, trace: int, span: int) -> None:
+        self._changed.add(identity)
         data = self._asked[identity].encode(frame, trace, span)
         if data is not None and not self._to_router(identity, data):
             self.counters.unroutable += 1

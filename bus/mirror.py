@@ -119,6 +119,10 @@ class MirrorWriter:
             self._show(values)
         self._words[DONE] = done  # last: what it counts is there to be seen
 
+    def shows(self, values: Mapping[MirrorKey, MirrorValue], done: int) -> bool:
+        """Whether publish() of these would change nothing."""
+        return values == self._shown and self._words[DONE] == done
+
     def _show(self, values: Mapping[MirrorKey, MirrorValue]) -> None:
         new: dict[int, int] = {}
         for key, value in values.items():

@@ -15,6 +15,7 @@ invariants, tests/bus/test_protocol.py explores them.
 - A node without a journal that begins anew under its name numbers its frames from a `base` on that is above
   all that its predecessor sent. With the first repetition, each side goes on where the other one begins.
 - No more than WINDOW frames are under way; what comes after them waits among the retained.
+- Who commits later what it has taken says so (`put_off`), and acknowledges nothing of that until it has.
 - `to_plain` is what must survive a process: a node that commits it together with its state, before any
   frame that the state caused is sent, may end at any point and be started again.
 """
@@ -50,8 +51,8 @@ Positions = dict[str, tuple[int, int]]  # by connection ("who>whom"): last frame
 class Stream:
     """Frames to and from one peer. The counters belong to the endpoint; the first frame is `base` + 1."""
 
-    __slots__ = ("_acked", "_asked", "_counters", "_now_ns", "_retained", "_sent", "_told", "_under_way",
-                 "seen")  # fmt: skip
+    __slots__ = ("_acked", "_asked", "_counters", "_now_ns", "_put_off", "_retained", "_sent", "_told",
+                 "_under_way", "seen")  # fmt: skip
 
     def __init__(self, counters: Counters, now_ns: Callable[[], int], base: int = 0) -> None:
         self._counters = counters
@@ -61,6 +62,7 @@ class Stream:
         self._retained: deque[bytes] = deque()  # those after _acked, the last is _sent
         self._under_way = 0  # how many of the retained the transport was given
         self.seen = 0  # number of the last frame taken
+        self._put_off: int | None = None  # if what is taken is not all committed: the last frame that is
         self._told = 0  # the last `ack` sent
         self._asked = False  # Resume was said, and the repetition has not come
 
@@ -74,11 +76,12 @@ class Stream:
         """Number and retain a frame; the bytes to send, None while the window is full: see take_waiting."""
         self._sent += 1
         self._counters.frames_out += 1
-        data = encode(frame, self._sent, self.seen, trace, span, self._now_ns())
+        ack = self._committed
+        data = encode(frame, self._sent, ack, trace, span, self._now_ns())
         self._retained.append(data)
         if self._under_way >= WINDOW:
             return None
-        self._told = self.seen  # not by one that waits: where both windows are shut, only an Ack opens them
+        self._told = ack  # not by one that waits: where both windows are shut, only an Ack opens them
         self._under_way += 1
         return data
 
@@ -117,14 +120,14 @@ class Stream:
 
     def acknowledgement(self, every: int | None = None) -> bytes | None:
         """An Ack, encoded, if one is due: `every` (ACK_EVERY) frames came with nothing sent back."""
-        if self.seen - self._told < (ACK_EVERY if every is None else every):
+        if self._committed - self._told < (ACK_EVERY if every is None else every):
             return None
         return self._position(Ack())
 
     def _position(self, frame: Ack | Resume) -> bytes:
         """Encoded: its header says up to where the other side's frames are taken."""
-        self._told = self.seen
-        return encode(frame, 0, self.seen, 0, 0, self._now_ns())
+        self._told = self._committed
+        return encode(frame, 0, self._told, 0, 0, self._now_ns())
 
     # --- receiving
 
@@ -191,6 +194,19 @@ class Stream:
 
     # --- surviving
 
+    @property
+    def _committed(self) -> int:
+        return self.seen if self._put_off is None else self._put_off
+
+    def put_off(self) -> None:
+        """The frame taken last is not committed yet, nor is any after it, until caught_up()."""
+        if self._put_off is None:
+            self._put_off = self.seen - 1
+
+    def caught_up(self) -> None:
+        """All that was taken is committed, or will be before anything more is sent."""
+        self._put_off = None
+
     def to_plain(self) -> Plain:
         return self._sent, self._acked, self.seen, list(self._retained)
 
@@ -201,6 +217,7 @@ class Stream:
         self._under_way = 0
         self._told = 0
         self._asked = False
+        self._put_off = None
 
 
 def id_source(node: str, now_ns: int) -> Iterator[int]:

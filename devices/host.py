@@ -50,7 +50,7 @@ from devices.backends import BackEnd, ConsoleBackEnd, LogBackEnd, NullBackEnd, R
 from devices.base import StateMismatch
 from devices.disks import BadDisk, Disks
 from devices.host_config import HostConfig
-from devices.journal import BadJournal, InputKey, Record
+from devices.journal import BadJournal, Record
 from devices.notes import Notes
 from devices.prepared import Prepared
 from devices.registry import BadDeviceType, BadSettings
@@ -58,6 +58,7 @@ from devices.slot import Slot
 
 DRAIN_S = 2.0  # a sender that never stops must not keep us
 FLUSH_S = 5.0  # how long an attached console may take for the last bytes
+PUT_OFF_MOST = 16  # steps that are committed with a later one; fewer than a sender waits for an Ack
 RETIRED = -1  # in place of an exit status: another process takes over
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Host:
         self._notes = Notes(recorder)
         self._asking: Received | None = None  # whose frame the step is about
         self._news: list[Event] = []  # for the launcher, with the next step
+        self._put_off = 0  # steps that are done and not committed
         self._outputs: list[tuple[str, bytes]] = []  # of the step
         self._put_out = dict(record.outputs) if record is not None else {}
         self._taken_in = dict(record.inputs) if record is not None else {}
@@ -165,7 +167,7 @@ class Host:
             if failed:
                 for frame in self._news:  # a back end's last words; the step is not to be committed
                     self._say_last(frame)
-            elif self._news:
+            elif self._news or self._put_off:
                 self._end_step(None)
             if self._retiring:
                 self._endpoint.leave()
@@ -200,7 +202,7 @@ class Host:
     def begin(self, source: str, number: int) -> bool:
         if self._journal is None:
             return True
-        begun = self._journal.begin(InputKey(source, number))
+        begun = self._journal.begin(source, number)
         if begun <= self._config.set_aside_after:
             return True
         what = _in_words(self._asking) if self._asking is not None else f"{source} {number}"
@@ -218,12 +220,21 @@ class Host:
         if answer is not None and self._asking is not None:
             self._endpoint.reply(self._asking, answer)
         if self._journal is not None:
+            self._put_off = 0
             state = slot.device.state
             clock = self._clock.offset_ns, self._clock.stopped_ns
             self._journal.commit((
                 type(state).__name__, state.VERSION, state, slot.to_plain(), self._endpoint.to_plain(),
                 self._put_out, self._outputs, self._taken_in, clock,
             ))  # fmt: skip
+
+    def put_off(self) -> bool:
+        if self._journal is None or self._asking is None or self._news or self._put_off >= PUT_OFF_MOST:
+            return False
+        self._put_off += 1
+        self._endpoint.put_off(self._asking)
+        self._journal.put_off()
+        return True
 
     def dma_written(self, count: int) -> None:
         if self._journal is not None:

@@ -9,7 +9,7 @@ pin polarity (lines are active high inside this machine, the bit is stored), the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from devices.base import ApicMessage, Device, DeviceState, MmioRange
 
@@ -33,20 +33,20 @@ class IoApicSettings:
 
 
 @dataclass(slots=True)
-class Redirection:
-    """One entry of the table, as its two registers hold it."""
-
-    low: int = MASKED
-    high: int = 0
-
-
-@dataclass(slots=True)
 class IoApicState(DeviceState):
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     id: int = 0  # in bits 27 to 24
     select: int = 0
     lines: int = 0  # bit n: the level of pin n
-    table: list[Redirection] = field(default_factory=lambda: [Redirection() for _ in range(PINS)])
+    # the table, by pin, as the two registers of an entry hold it
+    low: list[int] = field(default_factory=lambda: [MASKED] * PINS)
+    high: list[int] = field(default_factory=lambda: [0] * PINS)
+
+
+def _in_two_lists(fields: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had a record for each entry."""
+    kept = {name: value for name, value in fields.items() if name != "table"}
+    return {**kept, **{half: [entry[half] for entry in fields["table"]] for half in ("low", "high")}}
 
 
 class IoApic(Device[IoApicState]):
@@ -63,6 +63,7 @@ class IoApic(Device[IoApicState]):
     CONTROLLER = True
     SETTINGS = IoApicSettings
     STATE = IoApicState
+    UPGRADES = {1: _in_two_lists}
 
     def reset(self) -> None:
         lines = self.state.lines if hasattr(self, "state") else 0
@@ -87,15 +88,16 @@ class IoApic(Device[IoApicState]):
         s, bit = self.state, 1 << pin
         rises = level and not s.lines & bit
         s.lines = s.lines | bit if level else s.lines & ~bit
-        if rises and not s.table[pin].low & LEVEL:
+        if rises and not s.low[pin] & LEVEL:
             self._deliver_edge(pin)
         self._deliver_level(pin)
 
     def eoi(self, vector: int) -> None:
         """The EOI message clears remote IRR; a line that is still active interrupts again [3.2.4]."""
-        for pin, entry in enumerate(self.state.table):
-            if entry.low & REMOTE_IRR and entry.low & VECTOR == vector:
-                entry.low &= ~REMOTE_IRR
+        low = self.state.low
+        for pin, entry in enumerate(low):
+            if entry & REMOTE_IRR and entry & VECTOR == vector:
+                low[pin] = entry & ~REMOTE_IRR
                 self._deliver_level(pin)
 
     def drive_lines(self) -> None:
@@ -116,47 +118,45 @@ class IoApic(Device[IoApicState]):
             case 0x01:
                 return PINS - 1 << MAX_ENTRY_SHIFT | PART
             case _ if TABLE <= index < TABLE + 2 * PINS:
-                entry = s.table[index - TABLE >> 1]
-                return entry.high if index & 1 else entry.low
+                return (s.high if index & 1 else s.low)[index - TABLE >> 1]
             case _:
                 return 0
 
     def _write_register(self, index: int, value: int) -> None:
+        s = self.state
         if index == ID:
-            self.state.id = value & ID_MASK
+            s.id = value & ID_MASK
         elif TABLE <= index < TABLE + 2 * PINS:
             pin = index - TABLE >> 1
-            entry = self.state.table[pin]
             if index & 1:
-                entry.high = value & HIGH_WRITABLE
+                s.high[pin] = value & HIGH_WRITABLE
                 return
-            kept = entry.low & REMOTE_IRR if value & LEVEL else 0  # remote IRR is of level mode only
-            entry.low = value & LOW_WRITABLE | kept
+            kept = s.low[pin] & REMOTE_IRR if value & LEVEL else 0  # remote IRR is of level mode only
+            s.low[pin] = value & LOW_WRITABLE | kept
             self._deliver_level(pin)
 
     def _deliver_edge(self, pin: int) -> None:
-        entry = self.state.table[pin]
-        if not entry.low & MASKED:  # an edge on a masked pin is lost [3.2.4, interrupt mask]
+        if not self.state.low[pin] & MASKED:  # an edge on a masked pin is lost [3.2.4, interrupt mask]
             self._send(pin)
 
     def _deliver_level(self, pin: int) -> None:
         """A level-triggered pin that is active, unmasked and not in service interrupts."""
-        s, entry = self.state, self.state.table[pin]
-        if s.lines & 1 << pin and entry.low & (LEVEL | MASKED | REMOTE_IRR) == LEVEL:
-            if entry.low >> DELIVERY_SHIFT & 7 in (DELIVERY_FIXED, DELIVERY_LOWEST):
-                entry.low |= REMOTE_IRR
+        s = self.state
+        if s.lines & 1 << pin and s.low[pin] & (LEVEL | MASKED | REMOTE_IRR) == LEVEL:
+            if s.low[pin] >> DELIVERY_SHIFT & 7 in (DELIVERY_FIXED, DELIVERY_LOWEST):
+                s.low[pin] |= REMOTE_IRR
             self._send(pin)
 
     def _send(self, pin: int) -> None:
-        entry = self.state.table[pin]
+        low = self.state.low[pin]
         self.wiring.mark("irq", 0 if pin == self.settings.irq0_pin else pin)
         self.wiring.apic_message(
             ApicMessage(
-                vector=entry.low & VECTOR,
-                delivery_mode=(entry.low & DELIVERY) >> DELIVERY_SHIFT,
-                dest=entry.high >> DEST_SHIFT,
-                dest_mode=(entry.low & LOGICAL) >> LOGICAL_SHIFT,
-                trigger_level=bool(entry.low & LEVEL),
+                vector=low & VECTOR,
+                delivery_mode=(low & DELIVERY) >> DELIVERY_SHIFT,
+                dest=self.state.high[pin] >> DEST_SHIFT,
+                dest_mode=(low & LOGICAL) >> LOGICAL_SHIFT,
+                trigger_level=bool(low & LEVEL),
                 level_assert=True,
             )
         )

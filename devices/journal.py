@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import msgspec
@@ -21,7 +21,7 @@ HALF = 64 << 20
 WORDS = 512
 _MAGIC, _COMMITTED, _LENGTHS, _DMA, _BEGUN = 0, 1, 2, 4, 8  # words; two of _LENGTHS and _DMA
 _UNFINISHED = 8  # steps begun and not committed: pairs of words from _BEGUN on, input and how often
-MAGIC = 0x32304C4E524A5042  # "BPJRNL02"
+MAGIC = 0x33304C4E524A5042  # "BPJRNL03"
 
 
 class JournalFull(RuntimeError):
@@ -50,19 +50,10 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
         return {"kind": self.kind, "version": self.version, "fields": self.fields}
 
 
-class InputKey(NamedTuple):
-    """Which input a step is about: two of them are the same only if one is the other's repetition."""
-
-    source: str  # a peer, or a timer, channel or disk
-    number: int
-
-    def to_word(self) -> int:
-        return _crc(self.source) << 31 | self.number & 0x7FFF_FFFF
-
-
 @functools.cache
 def _crc(source: str) -> int:
-    return crc32(source.encode())
+    """In the upper bits of a word, the number of the input below."""
+    return crc32(source.encode()) << 31
 
 
 class Journal:
@@ -87,10 +78,10 @@ class Journal:
         os.ftruncate(fd, WORDS * 8 + 2 * HALF)
         return fd
 
-    def begin(self, key: InputKey) -> int:
-        """A step about this input begins; how often it has begun, this time included, without being
-        committed."""
-        words, word = self._words, key.to_word()
+    def begin(self, source: str, number: int) -> int:
+        """A step about this input begins, of a peer, timer, channel or disk; how often it has begun, this
+        time included, without being committed. Two inputs of a source have different numbers."""
+        words, word = self._words, _crc(source) | number & 0x7FFF_FFFF
         if not self._unfinished and self._begun is None:
             words[_BEGUN] = word  # the count is 0
             words[_BEGUN + 1] = 1
@@ -107,6 +98,12 @@ class Journal:
         self._begun = at
         return begun
 
+    def put_off(self) -> None:
+        """The step that was begun has ended, and is committed with a later one: no process ended in it."""
+        if self._begun is not None:
+            self._words[self._begun + 1] = self._words[self._begun] = 0
+            self._begun = None
+
     def commit(self, record: tuple[Any, ...], dma_done: int = 0) -> None:
         """From here on this is what a new process finds. `record` has Record's fields, in their order."""
         data = self._encoder.encode(record)
@@ -119,9 +116,7 @@ class Journal:
         self._words[_LENGTHS + half] = len(data)
         self._words[_DMA + half] = dma_done
         self._words[_COMMITTED] = number
-        if self._begun is not None:
-            self._words[self._begun + 1] = self._words[self._begun] = 0
-            self._begun = None
+        self.put_off()
 
     def amend(self, peer: str, stream: Any) -> None:
         """The last step again, but with this stream to a peer: what is sent outside of any step."""

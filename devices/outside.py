@@ -31,6 +31,10 @@ class Outside(Protocol):
     def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
         """A step ends. Each effect calls one of the functions above; none may be seen yet."""
 
+    def put_off(self) -> bool:
+        """A step ends that is about a frame and has no effects: whether it may be committed with a later one.
+        If so, and the process ends before that, the frame comes again."""
+
     def dma_written(self, count: int) -> None:
         """So many of the DMA writes of the step are done."""
 
@@ -48,6 +52,9 @@ class Immediately:
 
     def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
         self._effects = effects
+
+    def put_off(self) -> bool:
+        return False
 
     def dma_written(self, count: int) -> None:
         pass

@@ -232,8 +232,9 @@ class Pic8259(Device[PicState]):
         values: dict[tuple[str, int], MirrorValue] = {("elcr", 0): s.master.elcr, ("elcr", 1): s.slave.elcr}
         for region, chip in (("master", s.master), ("slave", s.slave)):
             if not chip.polled:  # else the read is an INTA
-                values[region, COMMAND] = chip.isr if chip.read_isr else chip.irr
                 values[region, DATA] = chip.imr
+                if chip.imr != 0xFF:  # else it is out of use, beside an APIC: not to be shown for each edge
+                    values[region, COMMAND] = chip.isr if chip.read_isr else chip.irr
         return values
 
     def _poll(self, region: str) -> int:

@@ -16,7 +16,7 @@ from bus.endpoint import Endpoint, Received
 from bus.frames import ApicMessage, Event, Frame, Intr, Line, Ping, Pong
 from bus.stream import Stream
 from devices.base import Device
-from devices.journal import InputKey, Journal, Record
+from devices.journal import Journal, Record
 from devices.outside import Immediately
 from devices.slot import Slot
 
@@ -88,7 +88,7 @@ class _Nobody(Immediately):
         pass
 
     def begin(self, source: str, number: int) -> bool:
-        return bool(self.journal.begin(InputKey(source, number)))
+        return bool(self.journal.begin(source, number))
 
     def commit(self, slot: Slot, effects: Sequence[Callable[[], None]], answer: Frame | None) -> None:
         super().commit(slot, effects, answer)

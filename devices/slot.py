@@ -6,7 +6,7 @@ step (lines, INT, APIC messages, events, bytes, the answer) are collected while 
 step is committed (devices/outside.py): a process that ends from here on is succeeded by one that does what is
 left. Then the mirror page is published and guest memory is written, then the effects are handed on in
 order: who sees one sees the registers and the memory that belong to it. Then comes disk I/O (`run_disks`),
-before any other step.
+before any other step. A frame of which nothing can be seen outside may be committed with a later one.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Slot(AsksDisks):
             answer = self._do(frame)
         except (BadAccess, StateMismatch) as error:
             answer = Refused(f"{self.node}: {error}")
-        self._settle(answer)
+        self._settle(answer, may_wait=True)
         return answer
 
     def set_aside(self, frame: Frame) -> Frame | None:
@@ -245,7 +245,7 @@ class Slot(AsksDisks):
         """What is committed besides the device's state: wires, timers, and what is left of the step to be
         done."""
         return [
-            self._levels, self._intr, self._inputs.to_plain(), self._deadlines, self._done, self._dma,
+            self._levels, self._intr, self._inputs.drivers, self._deadlines, self._done, self._dma,
             list(self._disk_work), self._notes.trace,
         ]  # fmt: skip
 
@@ -355,7 +355,7 @@ class Slot(AsksDisks):
     def _keep_on(self, record: dict[str, Any], plain: list[Any]) -> None:
         levels, intr, inputs, deadlines, done, dma, work, self._notes.trace = plain
         self._levels, self._intr, self._done = levels, intr, done
-        self._inputs = InputLines.from_plain(inputs)
+        self._inputs = InputLines.from_plain(inputs.items())
         self._deadlines = deadlines
         self._effects.clear()
         self.device.load(record)  # says nothing of a line that is as it was
@@ -365,9 +365,13 @@ class Slot(AsksDisks):
             for disk, tag, kind, offset, segments in work
         )
 
-    def _settle(self, answer: Frame | None = None) -> None:
-        """End a step."""
+    def _settle(self, answer: Frame | None = None, may_wait: bool = False) -> None:
+        """End a step. `may_wait`: it may be committed with a later one, if nothing of it can be seen."""
         effects, self._effects = self._effects, []
+        if (may_wait and answer is None and not (effects or self._dma or self._disk_work)
+                and self._is_published() and self._outside.put_off()):  # fmt: skip
+            self._notes.over()
+            return
         self._outside.commit(self, effects, answer)
         self._publish()
         if self._dma:
@@ -378,6 +382,9 @@ class Slot(AsksDisks):
     def _publish(self) -> None:
         if self._mirror is not None:
             self._mirror.publish(self.device.mirror(), self._done)
+
+    def _is_published(self) -> bool:
+        return self._mirror is None or self._mirror.shows(self.device.mirror(), self._done)
 
     def _write_dma(self, done: int) -> None:
         writes, self._dma = self._dma, []

@@ -153,6 +153,20 @@ class AcksEarly(Stream):
         return encode(Ack(), 0, self.seen + 1, 0, 0, 0)
 
 
+class AcksWhatIsPutOff(Stream):
+    __slots__ = ()
+
+    def put_off(self) -> None:
+        pass
+
+
+class NeverCaughtUp(Stream):
+    __slots__ = ()
+
+    def caught_up(self) -> None:
+        pass
+
+
 BREAK, CRASH, SWAP = Scenario("da", breaks=1), Scenario("da", crashes=1), Scenario("da", swaps=1, crashes=1)
 SHUT = Scenario("RRRRR", window=2, eager=True)
 NEW = Scenario("rp", renewals=1)
@@ -203,6 +217,11 @@ FAULTS = (
     Fault("a frame is thrown away, uncommitted", _with("a frame is thrown away without a commit"),
           Scenario("ppda", window=1, ack_every=1, crashes=1)),
     Fault("a frame outside of steps", _with("a frame outside of steps"), Scenario("pa", crashes=1)),
+    # a step that is put off
+    Fault("what is put off is acknowledged", Rules(AcksWhatIsPutOff), Scenario("qq", window=2)),
+    Fault("Resume acknowledges what is put off", Rules(AcksWhatIsPutOff), Scenario("q", breaks=1)),
+    Fault("what was put off is never acknowledged", Rules(NeverCaughtUp), Scenario("qqd", window=2)),
+    Fault("what is seen is put off", _with("what is seen is put off"), Scenario("r", crashes=1)),
     # a new process
     Fault("dma_done is not stored", _with("dma_done is not stored"), Scenario("D", crashes=1)),
     Fault("effects end with the process", _with("effects end with the process"), CRASH),

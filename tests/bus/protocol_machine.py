@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import bus.stream
 from tests.bus.protocol_model import (
+    LINES,
     LINKS,
     NODES,
     PROBE,
@@ -65,6 +66,7 @@ class View(NamedTuple):
     up: bool
     reads: bool  # takes frames
     ops: bool  # has something left of its step
+    behind: bool  # has steps to commit that were put off
     sends: bool  # CPU: may send its next frame
     process: str
     acked: tuple[int, ...]  # by link (None: not ours): what the other side said to have committed
@@ -137,6 +139,8 @@ class Machine:
             view = views[node]
             if view.ops and view.up:
                 yield self._act(state, node, "op")
+            if view.behind:
+                yield self._act(state, node, "catch_up")
             if view.process == "down":
                 yield self._act(state, node, "start")
             elif view.process == "up" and crashes and NODES[node] in self.scenario.crashing:
@@ -243,7 +247,7 @@ class Machine:
             acked = tuple(number if number > cpu.base else -1 for number in acked)
             done = cpu.sent == len(scenario.program) and not cpu.waits
             return View(
-                True, True, False, cpu.can_send, "up", acked, cpu.taken(), (), done,
+                True, True, False, False, cpu.can_send, "up", acked, cpu.taken(), (), done,
                 joined(cpu.before[1], cpu.interrupts), joined(cpu.before[0], cpu.answers), cpu.lives,
             )  # fmt: skip
         dev = Device(NODES[node], scenario, rules).thaw(frozen)
@@ -251,10 +255,10 @@ class Machine:
         committed = dict(zip(dev.links, plains, strict=True))
         streams = {n: s.to_plain() for n, s in dev.streams.items()} if dev.process != "down" else committed
         return View(
-            dev.process == "up", dev.idle, bool(dev.ops), False, dev.process,
+            dev.process == "up", dev.idle, bool(dev.ops), dev.behind, False, dev.process,
             tuple(streams[n][1] if n in streams else -1 for n in range(len(LINKS))),
             tuple(committed[n][2] if n in committed else -1 for n in range(len(LINKS))),
-            log, dev.idle, (), (),
+            log, dev.idle and not dev.behind, (), (),
         )  # fmt: skip
 
     def check(self, state: State) -> None:
@@ -284,10 +288,11 @@ class Machine:
             answers = [s for s in other.log for _ in range(ANSWERS.get(self._letter(s), 0))]
             _prefix("answers", list(one.answers), answers)
         elif (a, b) == (DEV, PIC):
-            lines = [s for s in one.log if program[(s >> STAMP) - 1] in "dDi"]
+            lines = [s for s in one.log if program[(s >> STAMP) - 1] in LINES]
             _prefix("Lines", [entry >> STAMP for entry in other.log], lines)
         else:
-            _prefix("interrupts", list(one.interrupts), list(other.log))
+            passed_on = [s for s in other.log if self._letter(s >> STAMP) != "m"]
+            _prefix("interrupts", list(one.interrupts), passed_on)
 
     def _complete_but_for_ends(self, log: tuple[int, ...], lives: tuple[int, ...]) -> None:
         """Of the frames of each CPU the device has handled the first so and so many."""
@@ -302,12 +307,12 @@ class Machine:
         program, (dma, console) = self.scenario.program, self.worlds.values[state[WORLD]]
         done = "".join(self._letter(stamp) for stamp in views[DEV].log)
         last = views[DEV].log[-1] >> STAMP if done else 0
-        lines = sum(letter in "dDi" for letter in done)
+        lines = sum(letter in LINES for letter in done)
         return (
             all(view.done for view in views)
             and all(self.links.values[number] == (True, (), (), ()) for number in state[LINK0:WORLD])
             and (last == len(program) or len(program) in views[CPU].lives)
-            and len(views[PIC].log) == len(views[CPU].interrupts) == lines
+            and len(views[PIC].log) == len(views[CPU].interrupts) + done.count("m") == lines
             and len(views[CPU].answers) == sum(ANSWERS.get(letter, 0) for letter in done)
             and len(dma) == sum(map(_dma_writes, done))
             and len(console) == sum(letter in "oi" for letter in done)
@@ -315,7 +320,7 @@ class Machine:
 
 
 def _dma_writes(letter: str) -> int:
-    return {"d": 1, "D": 2, "a": 1, "i": 1}.get(letter, 0)
+    return {"d": 1, "D": 2, "a": 1, "i": 1, "m": 1}.get(letter, 0)
 
 
 def _may_drop(queue: tuple[bytes, ...]) -> bool:

@@ -10,6 +10,8 @@ The CPU sends frames 1, 2, 3, ... to the device; for each the device does what t
     D  two DMA writes, then a Line   a  a DMA write, then an answer, for which the CPU waits
     o  a byte of output              i  disk I/O, whose completion is a step of its own: a DMA write, a Line
     r  a frame back, unasked         R  two of them
+    q  nothing that can be seen: the step is put off, and committed with a later one or when it likes
+    m  as d, but the pic puts off that Line, which makes no interrupt
 
 The CPU has no journal. Where a scenario says so it ends, too: another begins anew under its name, and sends
 what is left of the program. With `cpu_bound` the device connects to it.
@@ -78,7 +80,8 @@ class Rules:
 
 
 # to which links the device (of l: the pic) sends frames, by letter; I is the completion of i
-SENDS = {"d": (1,), "D": (1,), "I": (1,), "l": (2,), "a": (0,), "r": (0,), "R": (0, 0)}
+LINES = "dDim"  # letters of which a Line comes
+SENDS = {"d": (1,), "D": (1,), "I": (1,), "m": (1,), "l": (2,), "a": (0,), "r": (0,), "R": (0, 0)}
 COUNTERS = Counters()
 FIELDS = tuple(f for f in Stream.__slots__ if f not in ("_counters", "_now_ns"))
 
@@ -296,6 +299,8 @@ class Device(Node):
             self.ops = ()
 
     def retire(self) -> None:
+        if self.behind:
+            self.commit(())
         self.process = "retired"
         self.live = frozenset()  # its sockets are closed
 
@@ -309,6 +314,11 @@ class Device(Node):
     # --- a step
 
     @property
+    def behind(self) -> bool:
+        """Has steps to commit that were put off."""
+        return self.idle and self.log != self.journal[0]
+
+    @property
     def idle(self) -> bool:
         return self.process == "up" and not self.ops
 
@@ -320,7 +330,13 @@ class Device(Node):
         if self.name == "dev" and (payload <= last or (payload != last + 1 and not self.scenario.renewals)):
             raise Violation(f"frame {payload} is handled after frame {last}")
         self.log += (payload << STAMP | self.number,)
-        letter = self.scenario.program[payload - 1] if self.name == "dev" else "l"
+        letter = self.letter(payload)
+        if letter == "q" or ("what is seen is put off" in self.rules.faults and letter == "r"):
+            for back in SENDS.get(letter, ()):
+                self.put(back, *self.encode(back, self.log[-1]))
+            self.streams[link].put_off()
+            self.acknowledge()
+            return
         self.begin(letter, self.log[-1], len(self.log))
         if "a frame is thrown away without a commit" in self.rules.faults and letter == "p":
             self.ops = ()
@@ -333,12 +349,29 @@ class Device(Node):
         if "a frame outside of steps" in self.rules.faults and letter == "p":
             self.put(1, *self.encode(1, self.log[-1]))
 
+    def letter(self, payload: int) -> str:
+        if self.name == "dev":
+            return self.scenario.program[payload - 1]
+        return "q" if self.scenario.program[(payload >> STAMP) - 1] == "m" else "l"
+
+    def catch_up(self) -> None:
+        """Commit what was put off, without a step of its own."""
+        self.commit(())
+        self.acknowledge()
+
+    def commit(self, effects: tuple[Op, ...]) -> None:
+        for stream in self.streams.values():
+            stream.caught_up()
+        self.journal = self.log, self.waits_for, self.plain(), effects, 0
+
     def begin(self, letter: str, stamp: int, number: int) -> None:
         """Run the device: collect the effects of the step."""
+        for stream in self.streams.values():
+            stream.caught_up()
         effects: list[Op] = [("commit",)]
         if "positions are committed before the state" in self.rules.faults:
             effects = [("positions",), ("commit",)]
-        if letter in "dDaI":
+        if letter in "dDaIm":
             effects += [("dma", at, stamp << 1 | at) for at in range(2 if letter == "D" else 1)]
         for link in SENDS.get(letter, ()):
             effects += [("send", link, data) for data in self.encode(link, stamp)]
@@ -364,8 +397,7 @@ class Device(Node):
             case "positions":
                 self.journal = (*self.journal[:2], self.plain(), *self.journal[3:])
             case "commit":
-                effects = tuple(op for op in self.ops if op[0] in ("dma", "out", "io"))
-                self.journal = self.log, self.waits_for, self.plain(), effects, 0
+                self.commit(tuple(op for op in self.ops if op[0] in ("dma", "out", "io")))
             case "send":
                 self.put(op[1], op[2])
             case "done":

@@ -41,7 +41,7 @@ def test_the_model_finds_a_fault(fault: Fault) -> None:
     explore(fault.scenario)  # which without the fault is in order
 
 
-PROGRAMS = st.text(alphabet="pdDaoirR", min_size=20, max_size=40)
+PROGRAMS = st.text(alphabet="pqdmDaoirR", min_size=20, max_size=40)
 
 
 @settings(max_examples=WALKS, deadline=None)

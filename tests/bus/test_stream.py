@@ -113,6 +113,39 @@ def test_a_stream_goes_on_in_a_new_process() -> None:
     assert taker.decode(more) is not None
 
 
+def test_what_is_put_off_is_acknowledged_once_it_is_committed() -> None:
+    a, b = stream(), stream()
+    frames = wire(a, ACK_EVERY + 2)
+    for data in frames[:2]:
+        b.decode(data)
+    b.put_off()
+    for data in frames[2:]:
+        b.decode(data)
+        b.put_off()
+    assert b.acknowledgement() is None
+    answer = b.encode(Ping(), 0, 9)
+    assert answer is not None
+    for data in (b.resume(), answer):
+        a.decode(data)
+    assert a.unacknowledged == ACK_EVERY + 1
+    b.caught_up()
+    due = b.acknowledgement()
+    assert due is not None
+    a.decode(due)
+    assert (a.unacknowledged, b.acknowledgement()) == (0, None)
+
+
+def test_a_malformed_frame_behind_what_is_put_off_acknowledges_nothing() -> None:
+    a, b = stream(), stream()
+    first, _ = wire(a, 2)
+    b.decode(first)
+    b.put_off()
+    with pytest.raises(BadFrame):
+        b.decode(encode(Ping(), 2, 0, 0, 0, 0).replace(bytes([KIND_OF[Ping]]), b"\x7f", 1))
+    a.decode(b.resume())
+    assert (b.seen, a.unacknowledged) == (2, 2)
+
+
 def test_an_acknowledgement_of_what_was_never_sent_is_no_acknowledgement() -> None:
     a, b = stream(), stream()
     wire(a, 2)

@@ -57,6 +57,14 @@ def test_entries_keep_their_writable_bits() -> None:
     assert (get(apic, 0), get(apic, 2)) == (0x0F00_0000, 0x0F00_0000)
 
 
+def test_a_record_of_version_1() -> None:
+    table = [{"low": MASKED | n, "high": n << 24} for n in range(24)]
+    apic = make()
+    apic.device.load({"kind": "IoApicState", "version": 1,
+                      "fields": {"id": 0, "select": 0, "lines": 0, "table": table}})  # fmt: skip
+    assert [get(apic, 0x10 + n) for n in range(48)] == [v for n in range(24) for v in (MASKED | n, n << 24)]
+
+
 def test_edge() -> None:
     apic = make()
     redirect(apic, 4, 0x34)

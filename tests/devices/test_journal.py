@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices.journal import BadJournal, InputKey, Journal
+from devices.journal import BadJournal, Journal
 
 
 @pytest.fixture
@@ -49,30 +49,39 @@ def test_a_record_that_was_being_written_is_not_found(fd: int) -> None:
 
 
 def test_how_often_a_step_was_begun(fd: int) -> None:
-    assert [Journal(fd).begin(InputKey("cpu0.io", 7)) for _ in range(3)] == [1, 2, 3]
+    assert [Journal(fd).begin("cpu0.io", 7) for _ in range(3)] == [1, 2, 3]
     journal = Journal(fd)
-    assert journal.begin(InputKey("cpu0.io", 8)) == 1
-    assert journal.begin(InputKey("pit", 8)) == 1
+    assert journal.begin("cpu0.io", 8) == 1
+    assert journal.begin("pit", 8) == 1
     journal.commit(record(1))
-    assert journal.begin(InputKey("pit", 8)) == 1  # committed: it can only be another with the same name
-    assert Journal(fd).begin(InputKey("cpu0.io", 7)) == 4  # whatever came between
+    assert journal.begin("pit", 8) == 1  # committed: it can only be another with the same name
+    assert Journal(fd).begin("cpu0.io", 7) == 4  # whatever came between
+
+
+def test_a_step_that_is_put_off_has_not_ended_its_process(fd: int) -> None:
+    for n in range(1, 4):
+        journal = Journal(fd)
+        assert journal.begin("disk0", 7) == 1
+        journal.put_off()
+        assert journal.begin("cpu0.io", 5) == n
+    assert Journal(fd).latest() is None
 
 
 def test_what_is_committed_besides_does_not_count(fd: int) -> None:
     for n in range(1, 5):
         journal = Journal(fd)
         journal.commit(record(0))  # what a new process says of itself
-        assert journal.begin(InputKey("pit", 1)) == 1
+        assert journal.begin("pit", 1) == 1
         journal.commit(record(1))
-        assert journal.begin(InputKey("cpu0.io", 5)) == n
+        assert journal.begin("cpu0.io", 5) == n
 
 
 def test_of_many_unfinished_steps_the_worst_are_remembered(fd: int) -> None:
     for _ in range(3):
-        Journal(fd).begin(InputKey("cpu0.io", 1))
+        Journal(fd).begin("cpu0.io", 1)
     for n in range(100):
-        Journal(fd).begin(InputKey("pit", n))
-    assert Journal(fd).begin(InputKey("cpu0.io", 1)) == 4
+        Journal(fd).begin("pit", n)
+    assert Journal(fd).begin("cpu0.io", 1) == 4
 
 
 def test_dma_counts_are_those_of_the_last_step(fd: int) -> None:
@@ -89,13 +98,13 @@ def test_what_is_said_outside_a_step_changes_only_its_stream(fd: int) -> None:
     journal = Journal(fd)
     journal.commit(record(4))
     journal.dma_written(2)
-    journal.begin(InputKey("cpu0.io", 9))
+    journal.begin("cpu0.io", 9)
     journal.amend("launcher", (5, 4, 0, [b"frame"]))
     again = Journal(fd)
     latest = again.latest()
     assert latest is not None
     assert (latest.fields["n"], latest.streams[1]) == (4, {"launcher": [5, 4, 0, [b"frame"]]})
-    assert (again.dma_done(), again.begin(InputKey("cpu0.io", 9))) == (2, 2)
+    assert (again.dma_done(), again.begin("cpu0.io", 9)) == (2, 2)
 
 
 class Killed(Exception):

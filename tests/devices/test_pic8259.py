@@ -95,6 +95,18 @@ def test_imr_reads_back() -> None:
     assert pic.device.mirror()["master", DATA] == 0xFB
 
 
+def test_a_chip_that_is_masked_as_a_whole_shows_no_requests_in_its_mirror() -> None:
+    """The CPU asks then; beside an I/O APIC nobody does, and no edge is a change to be seen."""
+    pic = make()
+    pic.w(DATA, 0xFF)
+    before = pic.device.mirror()
+    raise_irq(pic, 3)
+    assert pic.device.mirror() == before
+    assert pic.r(COMMAND) == 0x08
+    pic.w(DATA, 0xFE)
+    assert pic.device.mirror()["master", COMMAND] == 0x08
+
+
 def test_icw1_clears_mask_service_and_edges() -> None:
     pic = make()
     raise_irq(pic, 3)

@@ -284,6 +284,39 @@ def test_a_controller_sees_the_or_of_the_drivers_of_a_line() -> None:
     assert rig.took() == [Intr(False)]
 
 
+class PuttingOff(Rig):
+    """Takes what need not be committed at once."""
+
+    put_offs = 0
+
+    def put_off(self) -> bool:
+        self.put_offs += 1
+        return True
+
+
+def test_only_a_frame_of_which_nothing_is_seen_is_put_off() -> None:
+    rig = PuttingOff(Hub)
+    slot, seen = rig.slot, []
+    for frame in (Line(3, True, "a.x"), Line(4, True, "a.y"), Line(3, False, "a.x"), Ping(),
+                  Eoi(1), Line(4, False, "a.y")):  # fmt: skip
+        before = rig.put_offs
+        slot.handle(frame)
+        seen.append(rig.put_offs == before)
+    assert seen == [True, False, False, True, True, True]
+    assert slot.device.state.seen == [[3, 1], [4, 1], [3, 0], [4, 0]]
+
+
+def test_a_change_of_the_mirror_is_seen_and_so_is_a_count_of_writes() -> None:
+    rig = PuttingOff(settings=GadgetSettings(depth=100))
+    rig.slot.handle(PostedBatch((("regs", 8, 1, 0),)))  # the page says how many were posted
+    rig.slot.handle(PostedBatch((("regs", 8, 1, 7),)))
+    rig.slot.receive("in", b"x")
+    rig.slot.handle(Write("regs", 4, 1, 1))
+    rig.now = 1 << 40
+    rig.slot.run_timers()
+    assert rig.put_offs == 0
+
+
 def test_int_ack_happens_only_while_int_is_high() -> None:
     slot = Rig(Hub).slot
     assert slot.handle(IntAck()) == IntAckReply(None)

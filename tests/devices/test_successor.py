@@ -13,6 +13,7 @@ import pytest
 
 from bus.frames import (
     Event,
+    Intr,
     Line,
     Read,
     ReadReply,
@@ -24,9 +25,10 @@ from bus.frames import (
     Write,
     WriteReply,
 )
+from devices.host import PUT_OFF_MOST
 from devices.journal import Journal
 from tests.devices import parts
-from tests.devices.test_host import Machine
+from tests.devices.test_host import HUB, Machine
 
 BREAKS, LINE, SCRATCH = 6, 0, 8  # registers of the gadget
 
@@ -120,6 +122,55 @@ def test_a_frame_in_which_three_processes_ended_is_set_aside(machine: Machine, j
     assert text.startswith("Read(region='regs', offset=6, width=1")
     assert text.endswith("is set aside: 3 processes of g ended in it")
     assert isinstance(machine.ask("g", Stats()), StatsReply)
+
+
+def hub(machine: Machine, journal: int, **more: Any) -> None:
+    """Its INT is high from the first line on: of what its others do nothing is seen."""
+    go_on(machine, journal, type_name=HUB, cpus=["cpu0"], **more)
+
+
+def toggle(machine: Machine, lines: range) -> None:
+    for n in lines:
+        machine.cpu.send("g", Line(2, bool(n & 1), "a.x"))
+
+
+def committed(machine: Machine, journal: int, before: int) -> int:
+    """How many lines, once that isn't `before`."""
+    while True:
+        record = Journal(journal).latest()
+        count = len(record.fields["seen"]) if record is not None else 0
+        if count != before:
+            return count
+        machine.cpu.wait(1_000_000)
+
+
+def test_what_was_put_off_comes_again(machine: Machine, journal: int) -> None:
+    hub(machine, journal)
+    machine.cpu.send("g", Line(1, True, "a.x"))
+    assert committed(machine, journal, 0) == 1
+    toggle(machine, range(1, PUT_OFF_MOST + 6))
+    at_once = committed(machine, journal, 1)
+    kill(machine)
+    hub(machine, journal)
+    assert machine.ask("g", Read("regs", 2, 1)) == ReadReply(1)
+    assert (at_once, committed(machine, journal, at_once)) == (PUT_OFF_MOST + 2, PUT_OFF_MOST + 6)
+    record = Journal(journal).latest()
+    assert record is not None
+    assert record.fields["seen"] == [[1, 1], *([2, n & 1] for n in range(1, PUT_OFF_MOST + 6))]
+    assert [r.frame for r in machine.at_cpu(2)] == [Intr(False), Intr(True)]
+
+
+def test_what_was_put_off_is_not_set_aside_with_what_comes_behind_it(machine: Machine, journal: int) -> None:
+    hub(machine, journal)
+    machine.cpu.send("g", Line(1, True, "a.x"))
+    toggle(machine, range(1, 6))
+    machine.cpu.send("g", Write("regs", 0, 1, 1))  # the hub breaks in it
+    for _ in range(3):
+        hear_until_it_ends(machine)
+        hub(machine, journal)
+    assert [type(r.frame) for r in machine.at_cpu(3)] == [Intr, Intr, WriteReply]
+    assert machine.event("g", "set-aside").text.startswith("Write(")
+    assert committed(machine, journal, 0) == 6
 
 
 def test_how_many_processes_may_end_in_a_frame_is_configurable(machine: Machine, journal: int) -> None:

@@ -73,10 +73,19 @@ class IoRange(msgspec.Struct, frozen=True):
     def __hash__(self) -> int:
         return hash((self.name, self.length))
 
+    def __repr__(self) -> str:
+        """Without names: what a running machine was built upon (devices/tryout.py)."""
+        said = [f"{name}={getattr(self, name)!r}" for name in self.__struct_fields__ if name != "names"]
+        return f"{type(self).__name__}({', '.join(said)})"
+
     def register(self, offset: int, write: bool) -> str:
-        """Name of the register at an offset; one without a name is `range+offset`."""
-        first, _, second = self.names.get(offset, "").partition("|")
-        return (second if write and second else first) or f"{self.name}+{offset:#x}"
+        """Name of the register at an offset: `LSR`, `QueueDesc+2` inside of a wider one, `range+0x5` of one
+        without a name."""
+        for inside in range(max(self.widths)):
+            if name := self.names.get(offset - inside):
+                first, _, second = name.partition("|")
+                return (second if write and second else first) + (f"+{inside}" if inside else "")
+        return f"{self.name}+{offset:#x}"
 
     def accepts(self, offset: int, width: int) -> bool:
         """Whether the device takes this access whole."""

@@ -25,6 +25,7 @@ CNT_SCI_EN, CNT_GBL_RLS, CNT_SLP_TYP_SHIFT, CNT_SLP_TYP, CNT_SLP_EN = 0x0001, 0x
 CNT_KEPT = 0x0002 | CNT_SLP_TYP  # BM_RLD and SLP_TYP; GBL_RLS and SLP_EN read as 0 [table 4.13]
 SLP_TYP_S5 = 5  # the launcher's DSDT says it in _S5_
 RESET_VALUE = 1
+NAMES = {STATUS: "PM1_STS", ENABLE: "PM1_EN", CONTROL: "PM1_CNT", TIMER: "PM_TMR", RESET: "RESET_REG"}
 BUTTONS = {"p": STS_PWRBTN, "s": STS_SLPBTN}
 NS = 1_000_000_000
 
@@ -47,7 +48,11 @@ class AcpiPmState(DeviceState):
 
 class AcpiPm(Device[AcpiPmState]):
     NAME = "acpi_pm"
-    PORTS = (PortRange("pm", length=LENGTH, widths=(1, 2, 4), mirrored=frozenset(range(TIMER, TIMER + 4))),)
+    PORTS = (
+        PortRange(
+            "pm", length=LENGTH, widths=(1, 2, 4), mirrored=frozenset(range(TIMER, TIMER + 4)), names=NAMES
+        ),
+    )
     IRQS = ("sci",)
     CHANNELS = (Channel("buttons-out", "buttons"),)  # nothing is sent
     SETTINGS = AcpiPmSettings

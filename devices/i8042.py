@@ -62,9 +62,13 @@ class I8042State(DeviceState):
 class I8042(Device[I8042State]):
     NAME = "i8042"
     PORTS = (
-        PortRange("data", length=1),
-        PortRange("command", length=1, mirrored=frozenset({0}), relaxed=frozenset({0})),
-        PortRange("port_a", length=1, mirrored=frozenset({0}), relaxed=frozenset({0})),
+        PortRange("data", length=1, names={0: "OUTPUT|INPUT"}),  # the buffers, as the 8042 sees them
+        PortRange(
+            "command", length=1, mirrored=frozenset({0}), relaxed=frozenset({0}), names={0: "STATUS|COMMAND"}
+        ),
+        PortRange(
+            "port_a", length=1, mirrored=frozenset({0}), relaxed=frozenset({0}), names={0: "PORT_A"}
+        ),
     )
     IRQS = ("kbd",)
     CHANNELS = (Channel("leds", "keys"),)

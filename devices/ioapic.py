@@ -58,6 +58,7 @@ class IoApic(Device[IoApicState]):
             widths=(4,),
             posted=frozenset({REGISTER_SELECT, WINDOW}),
             prompt=frozenset({WINDOW}),  # unmasking may deliver an interrupt
+            names={REGISTER_SELECT: "IOREGSEL", WINDOW: "IOWIN"},
         ),
     )
     CONTROLLER = True

@@ -26,6 +26,7 @@ OCW2_R, OCW2_SL, OCW2_EOI, OCW2_LEVEL = 0x80, 0x40, 0x20, 0x07
 POLL_PENDING = 0x80
 ELCR_FIXED = (0b0000_0111, 0b0010_0001)  # IRQ 0, 1, 2 and 8, 13 are edge-triggered always [PIIX4 4.2.6]
 COMMAND, DATA = 0, 1
+NAMES = {COMMAND: "IRR/ISR|ICW1/OCW2/OCW3", DATA: "IMR|ICW2-4/OCW1"}  # A0 = 0, 1 [basic operation]
 
 
 @dataclass(slots=True)
@@ -155,6 +156,7 @@ class Pic8259(Device[PicState]):
             posted=frozenset({COMMAND, DATA}),
             prompt=frozenset({COMMAND}),  # an EOI may raise INT again
             mirrored=frozenset({COMMAND, DATA}),
+            names=NAMES,
         ),
         PortRange(
             "slave",
@@ -162,8 +164,15 @@ class Pic8259(Device[PicState]):
             posted=frozenset({COMMAND, DATA}),
             prompt=frozenset({COMMAND}),
             mirrored=frozenset({COMMAND, DATA}),
+            names=NAMES,
         ),
-        PortRange("elcr", length=2, mirrored=frozenset({0, 1}), relaxed=frozenset({0, 1})),
+        PortRange(
+            "elcr",
+            length=2,
+            mirrored=frozenset({0, 1}),
+            relaxed=frozenset({0, 1}),
+            names={0: "ELCR1", 1: "ELCR2"},
+        ),
     )
     CONTROLLER = True
     STATE = PicState

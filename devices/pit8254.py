@@ -37,8 +37,20 @@ class Pit8254(Device[PitState]):
     NAME = "pit8254"
     PORTS = (
         # Writing a count starts the counting, and calibration loops read another clock next: not posted.
-        PortRange("counters", length=4, posted=frozenset({CONTROL})),
-        PortRange("port_b", length=1, posted=frozenset({0}), prompt=frozenset({0}), mirrored=frozenset({0})),
+        PortRange(
+            "counters",
+            length=4,
+            posted=frozenset({CONTROL}),
+            names={0: "COUNTER0", 1: "COUNTER1", 2: "COUNTER2", CONTROL: "CONTROL"},
+        ),
+        PortRange(
+            "port_b",
+            length=1,
+            posted=frozenset({0}),
+            prompt=frozenset({0}),
+            mirrored=frozenset({0}),
+            names={0: "PORT_B"},
+        ),
     )
     IRQS = ("out0",)
     STATE = PitState

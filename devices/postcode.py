@@ -32,8 +32,8 @@ class PostCodeState(DeviceState):
 class PostCode(Device[PostCodeState]):
     NAME = "postcode"
     PORTS = (
-        PortRange("post", length=1, posted=ALL, mirrored=ALL),
-        PortRange("debug", length=1, posted=ALL, mirrored=ALL, relaxed=ALL),
+        PortRange("post", length=1, posted=ALL, mirrored=ALL, names={0: "POST"}),
+        PortRange("debug", length=1, posted=ALL, mirrored=ALL, relaxed=ALL, names={0: "DEBUG"}),
     )
     CHANNELS = (Channel("debug"),)
     SETTINGS = PostCodeSettings

@@ -63,7 +63,7 @@ class RtcState(DeviceState):
 
 class RtcCmos(Device[RtcState]):
     NAME = "rtc_cmos"
-    PORTS = (PortRange("regs", length=2, posted=frozenset({0, 1})),)
+    PORTS = (PortRange("regs", length=2, posted=frozenset({0, 1}), names={0: "INDEX", 1: "DATA"}),)
     IRQS = ("irq",)
     SETTINGS = RtcSettings
     STATE = RtcState

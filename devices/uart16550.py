@@ -34,7 +34,7 @@ TIMEOUT_CHARACTERS = 4  # [8.11 FIFO interrupt mode operation]
 NS = 1_000_000_000
 
 
-class Reg(IntEnum):  # the names also label trace lines and injections: "uart0.IER"
+class Reg(IntEnum):  # the names are also those in traces, but for RBR|THR
     DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 
 
@@ -78,6 +78,7 @@ class Uart16550(Device[UartState]):
             relaxed=frozenset({Reg.LCR, Reg.MCR, Reg.LSR, Reg.MSR, Reg.SCR}),
             own=frozenset({Reg.IER}),
             latched=((Reg.IIR_FCR, Reg.DATA),),
+            names={int(reg): reg.name.replace("_", "|") for reg in Reg} | {0: "RBR|THR"},
         ),
     )
     IRQS = ("intr",)

@@ -38,6 +38,17 @@ QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE = 0x80, 0x90, 0xA0  # low half; the high 
 QUEUE_PARTS = {QUEUE_DESC: "desc", QUEUE_DRIVER: "driver", QUEUE_DEVICE: "device"}
 SHM_LENGTH, SHM_END = 0xB0, 0xC0
 
+_NAMES = {  # [4.2.2]
+    0x00: "MagicValue", 0x04: "Version", 0x08: "DeviceID", 0x0C: "VendorID", 0x10: "DeviceFeatures",
+    DEVICE_FEATURES_SEL: "DeviceFeaturesSel", DRIVER_FEATURES: "DriverFeatures",
+    DRIVER_FEATURES_SEL: "DriverFeaturesSel", QUEUE_SEL: "QueueSel", 0x34: "QueueNumMax",
+    QUEUE_NUM: "QueueNum", QUEUE_READY: "QueueReady", QUEUE_NOTIFY: "QueueNotify",
+    INTERRUPT_STATUS: "InterruptStatus", INTERRUPT_ACK: "InterruptACK", STATUS: "Status",
+    QUEUE_DESC: "QueueDescLow", QUEUE_DESC + 4: "QueueDescHigh", QUEUE_DRIVER: "QueueDriverLow",
+    QUEUE_DRIVER + 4: "QueueDriverHigh", QUEUE_DEVICE: "QueueDeviceLow", QUEUE_DEVICE + 4: "QueueDeviceHigh",
+    0xAC: "SHMSel", SHM_LENGTH: "SHMLenLow", SHM_LENGTH + 4: "SHMLenHigh", 0xB8: "SHMBaseLow",
+    0xBC: "SHMBaseHigh", 0xC0: "QueueReset", 0xFC: "ConfigGeneration", CONFIG: "Config",
+}  # fmt: skip
 _SETUP = (DEVICE_FEATURES_SEL, DRIVER_FEATURES, DRIVER_FEATURES_SEL, QUEUE_SEL, QUEUE_NUM,
           *(part + half for part in QUEUE_PARTS for half in (0, 4)))  # fmt: skip
 
@@ -52,6 +63,7 @@ def registers(posted_notify: bool) -> MmioRange:
         posted=notify | {*_SETUP, INTERRUPT_ACK},
         prompt=notify,
         mirrored=frozenset(range(INTERRUPT_STATUS, INTERRUPT_STATUS + 4)),
+        names=_NAMES,
     )
 
 

@@ -130,3 +130,29 @@ def test_against_a_table_of_every_port(claims: list[tuple[int, int]]) -> None:
 def test_ranges_that_make_no_sense(make: object, words: str) -> None:
     with pytest.raises(BadRange, match=words):
         make()  # type: ignore[operator]
+
+
+def test_names_of_registers() -> None:
+    """By offset; inside of a wide one; two for reading and writing; and they travel with the map."""
+    regs = PortRange("regs", length=16, widths=(1, 2, 4), names={0: "RBR|THR", 4: "LSR", 12: "HIGH"})
+    amap = AddressMap()
+    amap.add_device("dev", [regs], {"regs": 0x100}, None)
+    again = AddressMap.from_plain(msgpack.unpackb(msgpack.packb(amap.to_plain()))).entries("port")[0].range
+    assert again == regs
+    assert hash(again) == hash(regs)
+    names = [(again.register(offset, False), again.register(offset, True)) for offset in (0, 2, 4, 8, 15)]
+    assert names == [
+        ("RBR", "THR"),
+        ("RBR+2", "THR+2"),
+        ("LSR", "LSR"),
+        ("regs+0x8", "regs+0x8"),
+        ("HIGH+3", "HIGH+3"),
+    ]
+    for names_ in ({16: "X"}, {-1: "X"}, {0: ""}):
+        with pytest.raises(BadRange, match="name"):
+            PortRange("regs", length=16, names=names_)
+
+
+def test_names_are_no_part_of_what_a_machine_was_built_upon() -> None:
+    """A class that only names its registers otherwise may take over (devices/tryout.py)."""
+    assert repr(PortRange("regs", length=8, names={0: "X"})) == repr(PortRange("regs", length=8))

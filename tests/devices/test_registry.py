@@ -173,3 +173,13 @@ def test_a_file_edited_within_a_second_is_loaded_as_it_is_now(
         file.write_text(text.format(mark))
         os.utime(file, (1_700_000_000, 1_700_000_000))
         assert vars(load_class(f"{file}:Mine"))["MARK"] == mark
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_registers_of_our_devices_have_names(name: str) -> None:
+    """Those that are posted, mirrored or latched at least."""
+    cls = load_class(name)
+    for r in (*cls.PORTS, *cls.MMIO):
+        for offset in {*r.posted, *r.mirrored, *(offset for offset, _ in r.latched)}:
+            for write in (False, True):
+                assert not r.register(offset, write).startswith(f"{r.name}+"), (r.name, offset)

@@ -107,7 +107,8 @@ class CpuSteps:
         self._asked: list[Record] = []  # requests without an answer yet, of the last access
         self._acknowledged = 0  # trace of the answer to the IntAck before
 
-    def steps(self, records: Iterator[Record]) -> Iterator[Step]:
+    def steps(self, records: Iterator[Record], more: bool = False) -> Iterator[Step]:
+        """`more`: this is called again, with those that follow; what waits for them is not given up."""
         ring, held = self._ring, self._held
         last_ns = 0
         lost: Record | None = None
@@ -160,8 +161,10 @@ class CpuSteps:
                         break
                     first.way = UNSENT
                 yield held.popleft()
-        self._forget()
-        yield from held
+        if not more:
+            self._forget()
+            yield from held
+            held.clear()
 
     def _begin(self, record: Record) -> Step:
         ring = self._ring

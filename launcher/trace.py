@@ -6,14 +6,12 @@ The rings are read from here: the machine's processes know nothing of it, and go
 from __future__ import annotations
 
 import os
-import re
 import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -24,6 +22,7 @@ from launcher.errors import EXIT_DIED, EXIT_OK, EXIT_OUTPUT, ConfigError, Launch
 from launcher.keeper import SOCKET as KEEPER
 from launcher.options import check_writable
 from launcher.rundir import CONTROL
+from launcher.trace_arguments import TraceOptions
 from tracing.drain import TURN_S, Drain
 from tracing.file import BadTrace, Trace, Writer
 from tracing.joining import Filter
@@ -33,38 +32,6 @@ from tracing.rings import Ring
 if TYPE_CHECKING:
     from tracing.live import Live
     from tracing.steps import NamesSymbols
-
-SUFFIXES = {
-    ".bptrace": "raw", ".pftrace": "perfetto", ".perfetto-trace": "perfetto", ".pcapng": "pcapng",
-    ".txt": "text",
-}  # fmt: skip
-PORTS = re.compile(r"(?:0x)?([0-9a-f]{1,8})(?:-(?:0x)?([0-9a-f]{1,8}))?", re.IGNORECASE)
-FORMATS = ("raw", "perfetto", "pcapng", "text")
-
-
-@dataclass(frozen=True, slots=True)
-class TraceOptions:
-    """None and (): not asked for."""
-
-    out: Path | None
-    on: bool | None
-    seconds: float | None
-    since_s: float | None
-    follow: bool
-    format: str | None
-    devices: tuple[str, ...]
-    ports: tuple[range, ...]
-    symbols: Path | None
-
-    def format_of_out(self) -> str:
-        """ConfigError where nothing says which."""
-        if self.format is not None or self.out is None:
-            return self.format or "text"
-        found = SUFFIXES.get(self.out.suffix)
-        if found is None:
-            remedy = f"end it in {', '.join(SUFFIXES)}, or say --format {'|'.join(FORMATS)}"
-            raise ConfigError(self.out, "", "its name says no format", remedy)
-        return found
 
 
 class Stop:
@@ -232,6 +199,8 @@ def convert(file: Path, options: TraceOptions) -> int:
         raise LauncherError(str(error)) from error
     except BrokenPipeError:
         return EXIT_OUTPUT
+    except OSError as error:
+        raise LauncherError(f"{error.filename or options.out}: {error.strerror}") from error
     if lost:
         print(f"launcher: {file}: {lost} records were overwritten before they were read", file=sys.stderr)
     if options.out is not None:
@@ -279,18 +248,3 @@ def load_symbols(options: TraceOptions) -> NamesSymbols | None:
         return Symbols.load(options.symbols)
     except BadSymbols as error:
         raise LauncherError(str(error)) from error
-
-
-def parse_ports(text: str) -> tuple[range, ...]:
-    """ "3f8-3ff,60": ports, or addresses of memory-mapped registers, in hexadecimal. ValueError."""
-    found = []
-    for part in text.split(","):
-        match = PORTS.fullmatch(part.strip())
-        if match is None:
-            raise ValueError(f"{part!r} is no port, write it like 3f8 or 3f8-3ff")
-        first = int(match[1], 16)
-        last = first if match[2] is None else int(match[2], 16)
-        if last < first:
-            raise ValueError(f"{part!r} ends before it begins")
-        found.append(range(first, last + 1))
-    return tuple(found)

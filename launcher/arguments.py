@@ -199,19 +199,9 @@ def _kill(add: Add) -> None:
 
 
 def _trace(add: Add) -> None:
-    trace = add(
-        "trace",
-        help="save what a machine's processes have noted",
-        description="Save what the processes of a running machine have noted of late, or, with --seconds, "
-        "what they note from now on as well. Without --out: say whether they do.",
-    )
-    trace.add_argument("machine", help="the machine's name")
-    trace.add_argument("--out", type=Path, metavar="FILE", help="a trace file")
-    switch = trace.add_mutually_exclusive_group()
-    switch.add_argument("--on", action="store_const", const=True, dest="on", help="begin to record")
-    switch.add_argument("--off", action="store_const", const=False, dest="on", help="end to record")
-    trace.add_argument("--seconds", type=_seconds, metavar="S", help="go on for so long, or until Ctrl-C")
-    trace.add_argument("--since", type=_seconds, metavar="S", help="only what is no older than this")
+    from launcher.trace_arguments import describe  # takes its time to import
+
+    describe(add, _seconds)
 
 
 def _check(add: Add) -> None:

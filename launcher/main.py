@@ -169,10 +169,14 @@ def _live(options: Any) -> int:
 
 
 def _trace(options: Any) -> int:
-    from launcher.trace import TraceOptions, trace
+    from launcher.trace import convert, trace
+    from launcher.trace_arguments import options_of
 
-    chosen = TraceOptions(options.out, options.on, options.seconds, options.since, follow=False)
-    return trace(_running(options.machine), chosen)
+    chosen = options_of(options)
+    file = Path(options.what)
+    if file.suffix or "/" in options.what:
+        return convert(file, chosen)
+    return trace(_running(options.what), chosen)
 
 
 def _snapshot(options: Any) -> int:

@@ -134,7 +134,7 @@ def follow(rings: Sequence[Ring], meta: Meta, options: TraceOptions, kind: str, 
         raise ConfigError("--format", "", f"{kind} can't be followed", remedy)
     live = Live(rings, meta, load_symbols(options), chosen(options))
     out = sys.stdout.buffer if options.out is None else options.out.open("wb")
-    put = _packets(out, meta, live) if kind == "pcapng" else _lines(out, live)
+    put = _packets(out, meta, live) if kind == "pcapng" else _lines(out, meta, live)
     ended = False
     try:
         while not ended:
@@ -170,10 +170,10 @@ def _packets(out: IO[bytes], meta: Meta, live: Live) -> Callable[[bool], None]:
     return put
 
 
-def _lines(out: IO[bytes], live: Live) -> Callable[[bool], None]:
+def _lines(out: IO[bytes], meta: Meta, live: Live) -> Callable[[bool], None]:
     from tracing.lines import Lines
 
-    lines = Lines(colour=out.isatty() and "NO_COLOR" not in os.environ)
+    lines = Lines(meta, colour=out.isatty() and "NO_COLOR" not in os.environ)
 
     def put(ended: bool) -> None:
         for step in live.steps(ended):
@@ -226,7 +226,7 @@ def _write(trace: Trace, kind: str, out: IO[bytes], options: TraceOptions) -> No
         return
     from tracing.lines import Lines
 
-    lines = Lines(colour=out.isatty() and "NO_COLOR" not in os.environ)
+    lines = Lines(trace.meta, colour=out.isatty() and "NO_COLOR" not in os.environ)
     for step in found:
         out.write(f"{lines.line(step)}\n".encode())
 

@@ -221,6 +221,9 @@ OUTPUT = 14  # of the step: bytes for the host side. number: how many; time, pos
 MARK = 15  # of the step, by the device itself: Wiring.mark. time, value; name
 RIM_OUT = 16  # `consoles` passed output on. number: bytes; time, position; name: "device:channel"
 RIM_IN = 17  # `consoles` took input. number: bytes; time, position; name: "device:channel"
+RESUMED = 19  # a step: a process goes on where the one before it ended. number: pid; time, done, trace of the
+#               last step that it had committed, 0
+ACCEPTED = 20  # the local APIC has taken a message. flags: vector; number: low half of the frame's span; time
 # Flags of ACCESS: width (bits 0-2), WRITE, MMIO, POSTED, LONG (a string: `value` is the number of elements).
 WRITE, MMIO, POSTED, LONG = 8, 16, 32, 64
 _SHORT = struct.Struct("<HBBIQ").pack_into

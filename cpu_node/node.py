@@ -369,9 +369,11 @@ class Node:
             case Intr(level=level):
                 self.intr = level
             case ApicMessage() as m:
-                if engine.apic is not None:
-                    engine.apic.accept(m.vector, m.delivery_mode, m.dest, bool(m.dest_mode),
-                                       bool(m.trigger_level), bool(m.level_assert))
+                if engine.apic is not None and engine.apic.accept(
+                    m.vector, m.delivery_mode, m.dest, bool(m.dest_mode), bool(m.trigger_level),
+                    bool(m.level_assert),
+                ):  # fmt: skip
+                    self._notes.accepted(m.vector, received.header.span)
             case Pause():
                 self._pauses.append(received)
                 self._paused = engine.stopping = True

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from bus.addressmap import AddressMap
 from bus.io import IoClient
 from bus.noted_io import NotedIo
-from bus.recorder import EOI, attached
+from bus.recorder import ACCEPTED, EOI, attached
 from cpu_node.engine import Engine
 
 
@@ -22,6 +22,11 @@ class CpuNotes:
         self._recorder = recorder = attached(fds, node, "trace_io")
         self._io = None if recorder is None else NotedIo(io, recorder, address_map, engine.simulator)
         self.look()
+
+    def accepted(self, vector: int, span: int) -> None:
+        """The local APIC has taken a message, the frame of this span."""
+        if self._io is not None and self._io.is_on and self._recorder is not None:
+            self._recorder.short(ACCEPTED, vector, span & 0xFFFF_FFFF)
 
     def look(self) -> None:
         """Begin or end, as the ring says; between two instructions."""

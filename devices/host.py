@@ -112,7 +112,9 @@ class Host:
                 self._endpoint.close()
             raise
         if self._journal is not None and record is not None:
+            self._notes.resume()
             self._slot.finish(self._journal.dma_done())
+            self._notes.resumed()
         self._wake, self._wake_signal = socket.socketpair()
         self._wake.setblocking(False)
         self._wake_signal.setblocking(False)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from bus.recorder import DISK, DISK_DONE, INPUT, MARK, OUTPUT, TIMER, Recorder, now_ns
+import os
+
+from bus.recorder import DISK, DISK_DONE, INPUT, MARK, OUTPUT, RESUMED, TIMER, Recorder, now_ns
 from devices.disks import DiskRequest
 
 KINDS = {"read": 0, "write": 1, "flush": 2}
@@ -14,12 +16,13 @@ KINDS = {"read": 0, "write": 1, "flush": 2}
 class Notes:
     """Of one Slot. Without a recorder, or while that is off, it only carries `trace`."""
 
-    __slots__ = ("_dma", "_place", "_recorder", "trace")
+    __slots__ = ("_dma", "_place", "_recorder", "_resumed", "trace")
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.trace = 0
         self._recorder = recorder
         self._dma: list[tuple[int, int, bool]] = []
+        self._resumed = 0
         self._place = 0  # of the step in force, unless it is a frame's
 
     def look(self) -> None:
@@ -57,6 +60,16 @@ class Notes:
     def mark(self, name: str, value: int) -> None:
         if self._recorder is not None and self._recorder.on:
             self._recorder.long(MARK, 0, name[:255], now_ns(), value)
+
+    def resume(self) -> None:
+        """A step begins: what a process before this one had committed is brought to its end."""
+        self._begin(RESUMED, os.getpid(), "", 0)
+        self._resumed, self._place = self._place, 0
+
+    def resumed(self) -> None:
+        """It has been."""
+        if self._recorder is not None and self._resumed:
+            self._recorder.done(self._resumed)
 
     def over(self) -> None:
         """The step, or the disk I/O, has been done."""

@@ -96,6 +96,10 @@ class Chain:
                 self._done(
                     step, (step.node, step.kind, step.record.name, step.record.number, step.record.two)
                 )
+            case "process":
+                if step.end_ns:  # what was begun at this node is done
+                    for key in [key for key in self._needs if key[0] == "done" and key[1] == step.node]:
+                        self._met(key)
             case "mark":
                 owner = step.within
                 if step.record.name == "irq" and owner is not None and not _is(owner, INT_ACK):

@@ -17,7 +17,7 @@ from zlib import crc32
 from bus.frames import KIND_OF, ApicMessage, Eoi, IntAck, Line
 from bus.recorder import WRITE
 from tracing.file import Trace
-from tracing.ringsteps import IRQ, CpuSteps, device_steps
+from tracing.ringsteps import IRQ, RESUMED, CpuSteps, device_steps
 from tracing.steps import HEADER_ITEMS, KIND, TRACE, NamesSymbols, Naming, RingOf, Step
 
 LINE, APIC_MESSAGE, INT_ACK, EOI = (KIND_OF[cls] for cls in (Line, ApicMessage, IntAck, Eoi))
@@ -134,7 +134,10 @@ class Linker:
         self._marks: Memory[int, list[tuple[int, int]]] = Memory()  # trace -> irq, chain of messages it sent
         self._used: Memory[tuple[int, str], int] = Memory()  # (trace, CPU) -> how many have arrived
         self._pending: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (CPU, vector) -> chain, irq
-        self._last: dict[tuple[str, int], tuple[int, int]] = {}  # of the last delivery, if it was for several
+        self._acknowledged: Memory[int, int] = Memory()  # trace of an IntAck -> irq
+        # (CPU, span) -> vector, chain, irq of a message that the APIC hasn't taken yet
+        self._arrived: Memory[tuple[str, int], tuple[int, int, int]] = Memory()
+        self._undone: dict[str, tuple[int, int]] = {}  # ring -> trace, chain of the last step not done
         self._service: dict[str, list[_Service]] = {}
         self._ended: dict[int, _Service] = {}  # vector -> its last EOI
         self._outputs: dict[str, deque[tuple[int, int, int]]] = {}  # channel -> begin, end, chain
@@ -146,11 +149,14 @@ class Linker:
         table = {
             "access": self._access, "frame": self._frame, "mark": self._mark, "vector": self._vector,
             "eoi": self._eoi, "output": self._output, "terminal": self._terminal, "typed": self._type,
-            "input": self._input, "timer": self._repeatable, "disk": self._aliased,
-            "disk-done": self._aliased,
+            "input": self._input, "timer": self._timer, "disk": self._aliased,
+            "disk-done": self._device_step, "process": self._process,
         }  # fmt: skip
         get = table.get
         for step in steps:
+            if step.kind == "accepted":
+                self._accepted(step)
+                continue
             handle = get(step.kind)
             if handle is not None:
                 handle(step)
@@ -188,6 +194,8 @@ class Linker:
         kind = items[KIND]
         if trace in self._alias:
             step.chain = self._alias[trace]
+        if not step.end_ns and not step.ring.cpu:
+            self._undone[step.ring.name] = trace, step.chain
         if kind == LINE:
             if len(items) > HEADER_ITEMS + 1 and type(items[HEADER_ITEMS]) is int:
                 step.irq = items[HEADER_ITEMS]
@@ -197,6 +205,7 @@ class Linker:
             self._message(step, trace)
         elif kind == INT_ACK:
             chain = self._rises.get((step.ring.node, step.irq))
+            self._acknowledged.put(trace, step.irq)
             if chain:
                 step.chain = chain
                 self._alias.put(trace, chain)
@@ -232,24 +241,25 @@ class Linker:
                 step.irq, step.chain = sents[used]
             vector, mode = items[HEADER_ITEMS : HEADER_ITEMS + 2]
             if mode in (FIXED, LOWEST, NMI):
-                key = cpu, NMI_VECTOR if mode == NMI else vector
-                waiting = self._pending.setdefault(key, [])
-                if len(waiting) < NESTED:
-                    waiting.append((step.chain, step.irq))
+                wanted = NMI_VECTOR if mode == NMI else vector
+                self._arrived.put((cpu, step.span & 0xFFFF_FFFF), (wanted, step.chain, step.irq))
+
+    def _accepted(self, step: Step) -> None:
+        """Messages that are accepted before a vector is delivered have merged: it is the interrupt of all."""
+        arrived = self._arrived.pop((step.ring.node, step.record.number), None)
+        if arrived is not None:
+            vector, chain, irq = arrived
+            waiting = self._pending.setdefault((step.ring.node, vector), [])
+            if len(waiting) < NESTED:
+                waiting.append((chain, irq))
 
     def _vector(self, step: Step) -> None:
         cpu, vector = step.ring.node, step.record.flags
         if step.way == "8259":
             step.chain = self._alias.get(step.span, step.span)
-            step.irq = next((irq for (_, irq), chain in self._rises.items() if chain == step.chain), -1)
+            step.irq = self._acknowledged.get(step.span, -1)
         else:
             causes = self._pending.pop((cpu, vector), None)
-            if causes:
-                self._last.pop((cpu, vector), None)
-                if len(causes) > 1:
-                    self._last[cpu, vector] = causes[-1]
-            elif (last := self._last.pop((cpu, vector), None)) is not None:
-                causes = [last]  # the message before it came just behind the delivery
             if causes:
                 step.chain, step.irq = causes[0]
                 step.also = tuple(dict.fromkeys(chain for chain, _ in causes if chain != step.chain))
@@ -272,13 +282,28 @@ class Linker:
 
     # --- what a killed process had begun
 
+    def _timer(self, step: Step) -> None:
+        self._repeatable(step)
+        self._device_step(step)
+
+    def _device_step(self, step: Step) -> None:
+        trace = step.record.one
+        step.chain = self._alias.get(trace, trace)
+        if not step.end_ns:
+            self._undone[step.ring.name] = trace, step.chain
+
+    def _process(self, step: Step) -> None:
+        """Of one that goes on: it is in the chain that the one before it has left unfinished."""
+        trace, chain = self._undone.get(step.ring.name, (0, 0))
+        step.chain = chain if step.way == RESUMED and trace == step.record.one else 0
+
     def _repeatable(self, step: Step) -> None:
         """The successor of a killed process begins such a step anew, with a trace of its own."""
         key = step.ring.name, step.kind, step.record.name, step.record.two
         if (chain := self._open.pop(key, 0)) and chain != step.chain:
             self._alias.put(step.chain, chain)
             step.chain = chain
-        if not step.end_ns and step.chain:
+        if not step.end_ns:
             self._open.put(key, step.chain)
 
     def _aliased(self, step: Step) -> None:
@@ -312,9 +337,12 @@ class Linker:
         typed.append((begin, end, step.chain))
 
     def _input(self, step: Step) -> None:
-        self._repeatable(step)
-        channel = f"{step.node}:{step.record.name}"
-        step.cause, _ = _covered(self._typed.get(channel), step.record.two + step.record.number)
+        self._timer(step)
+        end = step.record.two + step.record.number
+        for channel, typed in self._typed.items():  # its name there is that of its other direction
+            if channel.startswith(f"{step.node}:") and typed and typed[0][0] < end:
+                step.cause, _ = _covered(typed, end)
+                break
 
 
 def _covered(ranges: deque[tuple[int, int, int]] | None, end: int) -> tuple[int, tuple[int, ...]]:

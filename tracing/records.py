@@ -20,9 +20,10 @@ _WORDS = [struct.Struct(f"<{n}Q").unpack_from for n in range(5)]
 NAMED = {  # kind -> number of words before the name
     recorder.PROCESS: 1, recorder.ASK: 2, recorder.BATCH: 2, recorder.TIMER: 4, recorder.INPUT: 4,
     recorder.DISK_DONE: 4, recorder.DISK: 4, recorder.OUTPUT: 2, recorder.MARK: 2, recorder.RIM_OUT: 2,
-    recorder.RIM_IN: 2,
+    recorder.RIM_IN: 2, recorder.RESUMED: 4,
 }  # fmt: skip
-STEPS = (recorder.TIMER, recorder.INPUT, recorder.DISK_DONE, recorder.DISK)  # time, done, trace, position
+# time, done, trace, position
+STEPS = (recorder.TIMER, recorder.INPUT, recorder.DISK_DONE, recorder.DISK, recorder.RESUMED)
 
 
 class Record(NamedTuple):
@@ -110,6 +111,6 @@ class Reader:
             return Record(kind, flags, number, 0, 0, word, 0, -1, "", b"")
         if kind == DMA:
             return Record(kind, flags, number, 0, 0, 0, 0, -1, "", bytes(block[at + 8 : behind]))
-        if kind in (recorder.VECTOR, recorder.EOI):
+        if kind in (recorder.VECTOR, recorder.EOI, recorder.ACCEPTED):
             return Record(kind, flags, number, word, 0, 0, 0, self._cr3, "", b"")
         raise Damage(f"a record of unknown kind {kind}", at)

@@ -20,6 +20,7 @@ GROUP_MAX = 1000  # records of one step that wait for each other
 HELD_MAX = 4096  # steps that wait for a posted access before them to leave
 HELD_NS = 1_000_000_000  # and how long: 2 ms is what it takes, but the CPU may stand, or wait for a device
 INT_ACK, INT_ACK_REPLY = KIND_OF[IntAck], KIND_OF[IntAckReply]
+RESUMED = "resumed"  # Step.way of a process that brings to an end what the one before it had committed
 WAITING, UNSENT = "waiting", "unsent"  # Step.way
 IRQ = "irq"  # the mark of interrupt controllers, with the number of the line
 _BEGIN = attrgetter("begin_ns")
@@ -66,6 +67,9 @@ def device_steps(ring: RingOf, records: Iterator[Record]) -> Iterator[Step]:
             continue
         elif kind == recorder.PROCESS:
             step = _process(ring, record)
+        elif kind == recorder.RESUMED:
+            step = Step("process", ring, record, record.time_ns, record.done_ns)
+            step.way, step.chain = RESUMED, record.one
         elif kind in _INSTANTS:
             step = Step(_INSTANTS[kind], ring, record, record.time_ns, record.time_ns)
         elif kind in (recorder.DISK, recorder.OUTPUT, MARK):
@@ -145,6 +149,8 @@ class CpuSteps:
                 if kind == VECTOR:
                     step.way = "8259" if self._acknowledged else "apic"
                     step.span, self._acknowledged = self._acknowledged, 0
+            elif kind == recorder.ACCEPTED:
+                step = Step("accepted", ring, record, record.time_ns, record.time_ns)
             else:
                 continue
             if lost is not None:

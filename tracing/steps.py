@@ -301,7 +301,7 @@ _NAMES: Mapping[str, Callable[[Step], str]] = {
     "terminal": lambda step: f"{step.record.name} {step.record.number} bytes out",
     "typed": lambda step: f"{step.record.name} {step.record.number} bytes in",
     "mark": lambda step: f"{step.record.name} = {step.record.one}",
-    "process": lambda step: f"process {step.record.number} {step.record.name}",
+    "process": lambda step: f"process {step.record.number} {step.record.name or 'goes on'}",
     "lost": lambda step: f"{step.record.number} records lost",
 }
 

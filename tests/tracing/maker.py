@@ -27,6 +27,7 @@ from bus.frames import (
 )
 from bus.ranges import MmioRange, PortRange
 from bus.recorder import (
+    ACCEPTED,
     ASK,
     BATCH,
     DISK,
@@ -190,7 +191,18 @@ class Maker:
     def message(self, irq: int, vector: int, trace: int, level: bool = False) -> None:
         """The I/O APIC, in the step in force, sends; the CPU takes it."""
         self.rings["ioapic"].long(MARK, 0, "irq", self.tick(), irq)
-        self.frame("cpu0", "ioapic", ApicMessage(vector, 0, 0, 0, level, True), trace)
+        self.arrive(vector, trace, level)
+
+    def arrive(self, vector: int, trace: int, level: bool = False, accepted: bool = True) -> int:
+        """A message is taken by the CPU's node, and perhaps by its APIC; the span."""
+        span = self.id()
+        self.frame("cpu0", "ioapic", ApicMessage(vector, 0, 0, 0, level, True), trace, span)
+        if accepted:
+            self.accept(vector, span)
+        return span
+
+    def accept(self, vector: int, span: int) -> None:
+        self.rings["cpu0.io"].short(ACCEPTED, vector, span & 0xFFFF_FFFF)
 
     def interrupt(self, irq: int, vector: int, trace: int, eoi: bool = True) -> None:
         """An edge, through the I/O APIC, delivered, and ended."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bus.frames import ApicMessage, PostedBatch, Read, StringIn, StringInReply
-from bus.recorder import LONG, MARK, MMIO, POSTED, WRITE
+from bus.frames import PostedBatch, Read, StringIn, StringInReply
+from bus.recorder import LONG, MARK, MMIO, POSTED, RESUMED, WRITE
 from tests.tracing.maker import COM1, DISK_BASE, PIC_BASE, Maker, batch_of
 from tracing.chains import Chain, Filter, Step, steps
 from tracing.file import Trace
@@ -254,13 +254,35 @@ def test_a_message_that_arrives_after_the_next_rise_is_of_the_first(make: Maker)
         marks.long(MARK, 0, "irq", make.tick(), 4)
         make.line("ioapic", 4, False, trace)
     for trace in (first, second):
-        make.frame("cpu0", "ioapic", ApicMessage(0x34, 0, 0, 0, False, True), trace)
+        make.arrive(0x34, trace)
         make.vector(0x34)
         make.eoi(0x34)
     found = make.chains()
     for trace in (first, second):
         assert [s.kind for s in found[trace].steps].count("vector") == 1
         assert found[trace].complete, found[trace].why_not
+
+
+def test_a_message_that_waits_for_the_cpus_thread_is_of_the_next_delivery(make: Maker) -> None:
+    first, second = make.posted(1), make.posted(2)
+    marks, spans = make.rings["ioapic"], []
+    for trace in (first, second):
+        make.line("ioapic", 4, True, trace)
+        marks.long(MARK, 0, "irq", make.tick(), 4)
+    spans = [make.arrive(0x34, trace, accepted=False) for trace in (first, second)]
+    for span in spans:
+        make.accept(0x34, span)
+        make.vector(0x34)
+        make.eoi(0x34)
+    third = make.posted(3)
+    make.line("ioapic", 4, True, third)
+    marks.long(MARK, 0, "irq", make.tick(), 4)
+    make.arrive(0x34, third, accepted=False)  # by no APIC
+    found = make.chains()
+    for trace in (first, second):
+        assert [s.kind for s in found[trace].steps].count("vector") == 1
+        assert found[trace].complete, found[trace].why_not
+    assert found[third].why_not == "vector 0x34 was not delivered"
 
 
 def test_the_local_apics_own_timer_begins_a_chain(make: Maker) -> None:
@@ -383,13 +405,13 @@ def test_bytes_of_several_steps_leave_consoles_at_once_and_one_of_them_in_two(ma
 
 
 def test_what_is_typed_begins_the_chain_of_the_input(make: Maker) -> None:
-    make.typed("uart0:serial", 0, 2)
+    make.typed("uart0:tx", 0, 2)
     first, second = make.id(), make.id()
     make.input("uart0", "serial", first, 0, 1)
     make.interrupt(4, 0x34, first)
     make.input("uart0", "serial", second, 1, 1)
     make.wait(1)
-    make.typed("uart0:serial", 2, 1)
+    make.typed("uart0:tx", 2, 1)
     found = make.chains()
     assert of(found[first])[:2] == ["consoles typed", "uart0 input"]
     assert of(found[second])[:2] == ["consoles typed", "uart0 input"]
@@ -413,6 +435,24 @@ def test_a_device_that_is_killed_in_a_chain_shows_both_processes(make: Maker) ->
     chain = make.chains()[trace]
     assert chain.complete, chain.why_not
     assert [step.pid - os.getpid() for step in chain.steps if step.node == "uart0"] == [0, 1]
+
+
+def test_a_process_that_ended_after_it_had_committed(make: Maker) -> None:
+    """Its successor brings the step to its end without taking the frame again."""
+    other = make.posted(1)
+    trace = make.post(0x41)
+    make.frame("uart0", "cpu0.io", batch_of(0x41), trace, trace, done=False)
+    make.restart("uart0")
+    make.step("uart0", RESUMED, os.getpid() + 1, "", trace, 0)
+    make.line("pic", 4, True, trace)
+    make.restart("uart0")  # and one that had nothing left to do
+    make.step("uart0", RESUMED, os.getpid() + 1, "", other, 0)
+    found = make.chains()
+    assert of(found[trace]) == ["cpu0 access", "uart0 frame", "uart0 process", "pic frame"]
+    assert found[trace].complete, found[trace].why_not
+    assert [step.pid - os.getpid() for step in found[trace].steps if step.node == "uart0"] == [0, 1]
+    assert found[trace].steps[2].name == f"process {os.getpid() + 1} goes on"
+    assert of(found[other]) == ["cpu0 access", "uart0 frame"]
 
 
 def test_a_swap_in_a_chain(make: Maker) -> None:

@@ -15,8 +15,9 @@ Layout of the blocks: draft-ietf-opsawg-pcapng.
 
 from __future__ import annotations
 
+import heapq
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -126,12 +127,27 @@ class Writer:
         self._buffer += struct.pack("<II", kind, size) + body + bytes(4) + struct.pack("<I", size)
 
 
-def export(trace: Trace, file: IO[bytes], records: Iterable[tuple[int, Record]] | None = None) -> None:
-    """All of a trace file. `records`: instead of all, in the file's order, those to be written."""
+def export(trace: Trace, file: IO[bytes], devices: frozenset[str] = frozenset()) -> None:
+    """All of a trace file in order of time, or what these nodes have sent and taken."""
     writer = Writer(file, trace.meta)
-    for ring, record in trace.records() if records is None else records:
-        writer.record(ring, record)
+    for ring, record in by_time(trace):
+        nodes = {record.name.removesuffix(".io"), trace.meta.rings[ring].removesuffix(".io")}
+        if not devices or record.kind != FRAME or devices & nodes:
+            writer.record(ring, record)
     writer.end(trace.lost)
+
+
+def by_time(trace: Trace) -> Iterator[tuple[int, Record]]:
+    """Frames and beginnings of processes, with the number of their ring."""
+    rings = [_packets(number, records) for number, records in enumerate(trace.rings())]
+    since_ns = trace.meta.since_ns
+    for ring, record in heapq.merge(*rings, key=lambda of: of[1].time_ns):
+        if record.time_ns >= since_ns or record.kind == PROCESS:
+            yield ring, record
+
+
+def _packets(ring: int, records: Iterator[Record]) -> Iterator[tuple[int, Record]]:
+    return ((ring, record) for record in records if record.kind in (FRAME, PROCESS))
 
 
 def _option(code: int, value: str | bytes) -> bytes:

@@ -23,11 +23,10 @@ from tracing.trackevents import (
     ARG_POINTER,
     ARG_UINT,
     BEGIN,
-    BUFFER,
-    CHAINS_MAX,
     FOREVER,
     FORGET_NS,
     INSTANT,
+    PARTS_MAX,
     Track,
     TrackEvents,
     argument,
@@ -52,24 +51,30 @@ class Writer(TrackEvents):
         self._frames: dict[object, bytes] = {}
         self._places: dict[tuple[int, int], bytes] = {}  # EIP, CR3
         self._values: dict[int, bytes] = {}
+        self._plain: dict[tuple[str, str, str], bytes] = {}
+        self._interrupts: dict[tuple[str, int, str], bytes] = {}
         self._writes: dict[tuple[str, str, int, bool], str] = {}
-        self._service: dict[tuple[str, int], list[tuple[int, bytes]]] = {}  # interrupts in service
+        self._service: dict[str, list[tuple[int, bytes]]] = {}  # interrupts in service
         self._busy: dict[tuple[str, int, str], list[int]] = {}  # ends of a disk's I/O
-        self._looked_ns = 0
         self._value_arg = self.argument_head("value") + ARG_POINTER
         self._wait_arg = self.argument_head("wait_ns") + ARG_UINT
+        self._look_ns = 0
         self._encoders: dict[str, Callable[[Step], None]] = {
-            "access": self._access, "open-bus": self._access, "frame": self._frame, "vector": self._vector,
-            "eoi": self._eoi, "disk": self._disk,
+            "access": self._access, "open-bus": self._access, "frame": self._frame, "vector": self._interrupt,
+            "eoi": self._interrupt, "disk": self._disk, "output": self._bytes, "input": self._bytes,
+            "terminal": self._bytes, "typed": self._bytes, "timer": self._device, "mark": self._device,
+            "disk-done": self._device,
         }  # fmt: skip
 
     def step(self, step: Step) -> None:
-        self._encoders.get(step.kind, self._other)(step)
-        begin_ns = step.begin_ns
-        if begin_ns - self._looked_ns > FORGET_NS // 8 or len(self.waiting) > CHAINS_MAX:
-            self._looked_ns = begin_ns
-            self.forget(begin_ns - FORGET_NS)
-        if len(self.buffer) > BUFFER:
+        encode = self._encoders.get(step.kind)
+        if encode is not None:
+            encode(step)
+        else:
+            self._other(step)
+        if step.begin_ns > self._look_ns or len(self.parts) > PARTS_MAX:
+            self._look_ns = step.begin_ns + FORGET_NS // 8
+            self.forget(step.begin_ns - FORGET_NS)
             self.write()
 
     # --- steps
@@ -196,35 +201,37 @@ class Writer(TrackEvents):
         shown = ", ".join(f"{pa:#x}+{size}{' written' if new else ''}" for pa, size, new in pieces[:16])
         return self.arg_text("dma", shown) + self.arg_uint("dma_bytes", sum(size for _, size, _ in pieces))
 
-    def _vector(self, step: Step) -> None:
-        """A slice up to its EOI, where the local APIC is told of it."""
-        vector, begin_ns = step.record.flags, step.begin_ns
+    def _interrupt(self, step: Step) -> None:
+        """A slice from a vector up to its EOI, where the local APIC is told of it."""
+        vector, begin_ns, eoi = step.record.flags, step.begin_ns, step.kind == "eoi"
+        key = step.kind, vector << 16 | step.irq & 0xFFFF, step.way
+        fixed = self._interrupts.get(key)
+        if fixed is None:
+            fixed = cached(self._interrupts, key, self._interrupt_fixed(step))
+        place = self._places.get((step.record.number, step.record.cr3))
+        if place is None:
+            place = cached(self._places, (step.record.number, step.record.cr3), self._place(step))
         head = self.lane(self._track(step, "interrupts"), begin_ns, begin_ns)
-        body = head + self._interrupt(step) + self.arg_string("class", step.way)
-        if step.way == "8259":
-            return self._event(step, INSTANT + body)
-        service = self._service.setdefault((step.node, step.pid), [])
-        while service and service[-1][0] >> 4 >= vector >> 4:  # it must be over: only higher ones interrupt
-            self.close(begin_ns, service.pop()[1])
-        service.append((vector, head))
-        self._event(step, BEGIN + body)
-
-    def _eoi(self, step: Step) -> None:
-        vector, begin_ns = step.record.flags, step.begin_ns
-        head = self.lane(self._track(step, "interrupts"), begin_ns, begin_ns)
-        self._event(step, INSTANT + head + self._interrupt(step))
-        service = self._service.get((step.node, step.pid), [])
-        if any(vector == one for one, _ in service):
+        service = self._service.setdefault(step.node, [])
+        if eoi or step.way == "8259":
+            self._event(step, INSTANT + head + fixed + place)
+        else:
+            while service and service[-1][0] >> 4 >= vector >> 4:  # over: only higher ones interrupt
+                self.close(begin_ns, service.pop()[1])
+            service.append((vector, head))
+            self._event(step, BEGIN + head + fixed + place)
+        if eoi and any(vector == one for one, _ in service):
             while service:
                 one, head = service.pop()
                 self.close(begin_ns, head)
                 if one == vector:
                     break
 
-    def _interrupt(self, step: Step) -> bytes:
-        body = self.named("interrupt", step.name) + self._place(step)
-        body += self.arg_uint("vector", step.record.flags)
-        return body + self.arg_uint("irq", step.irq) if step.irq >= 0 else body
+    def _interrupt_fixed(self, step: Step) -> bytes:
+        fixed = self.named("interrupt", step.name) + self.arg_uint("vector", step.record.flags)
+        if step.way:
+            fixed += self.arg_string("class", step.way)
+        return fixed + self.arg_uint("irq", step.irq) if step.irq >= 0 else fixed
 
     def _disk(self, step: Step) -> None:
         record = step.record
@@ -241,20 +248,43 @@ class Writer(TrackEvents):
         self._count(step, f"disk {record.name} under way", "", step.begin_ns, len(busy))
         self._slice(step, self._track(step, f"disk {record.name}"), body)
 
+    def _bytes(self, step: Step) -> None:
+        """Of a channel."""
+        record, kind = step.record, step.kind
+        seen = kind in ("terminal", "typed")
+        body = self._fixed(step, kind if seen else f"{kind} {record.name}")
+        body += self.arg_uint("bytes", record.number)
+        body += self.arg_uint("position", record.two if kind == "input" else record.one)
+        self._slice(step, self._track(step, record.name if seen else "steps"), body)
+
+    def _device(self, step: Step) -> None:
+        """What a device says or does by itself."""
+        record, kind = step.record, step.kind
+        body = self._fixed(step, f"{kind} {record.name}")
+        if kind != "timer":
+            name, value = ("value", record.one) if kind == "mark" else ("request", record.number)
+            body += self.arg_uint(name, value)
+        if step.dma:
+            body += self._dma(step)
+        self._slice(step, self._track(step, "steps"), body)
+
+    def _fixed(self, step: Step, name: str) -> bytes:
+        key = step.ring.name, step.kind, step.record.name
+        fixed = self._plain.get(key)
+        if fixed is None:
+            what = "channel" if step.kind in _CHANNELS else "name"
+            fixed = self.named(step.kind, name) + self.arg_string(what, step.record.name)
+            cached(self._plain, key, fixed)
+        return fixed
+
     def _other(self, step: Step) -> None:
-        kind, record = step.kind, step.record
-        if kind in ("terminal", "typed"):
-            what, name = record.name, kind
-        elif kind in ("output", "input", "timer", "mark", "disk-done"):
-            what, name = "steps", f"{kind} {record.name}"
-        else:
-            what, name = "steps", _name(step) if kind == "frame" else kind
-        body = self.named(kind, name)
+        kind = step.kind
+        body = self.named(kind, _name(step) if kind == "frame" else kind)
         for arg, value in _args(step).items():
             body += self.arg_any(arg, value)
         if kind == "frame" and step.queued_ns and step.queued_ns <= step.begin_ns:
             body += argument(self._wait_arg, varint(step.begin_ns - step.queued_ns))
-        self._slice(step, self._track(step, what), body)
+        self._slice(step, self._track(step, "steps"), body)
 
     # --- events
 
@@ -324,6 +354,7 @@ def _args(step: Step) -> dict[str, int | str]:
         return {}
 
 
+_CHANNELS = ("output", "input", "terminal", "typed")
 _KIND = {cls.__name__: kind for kind, (cls, _) in TABLE.items()}
 READ_KIND, WRITE_KIND, REPLY_KIND, BATCH_KIND = (
     _KIND[name] for name in ("Read", "Write", "ReadReply", "PostedBatch")

@@ -11,12 +11,13 @@ from __future__ import annotations
 from struct import Struct
 from typing import IO, TypeVar
 
-from tracing.protobuf import MASK, MORE, message, tag, text, uint, varint
+from tracing.protobuf import LAST, MASK, MORE, message, tag, text, uint, varint
 
 SEQUENCE = uint(10, 1)  # of TracePacket: trusted_packet_sequence_id
 CLEARED, NEEDS = uint(13, 1), uint(13, 2)  # sequence_flags: names begin anew; names are needed
 EVENT = SEQUENCE + NEEDS + tag(11, 2)
-TIMESTAMP = tag(8)
+# By the packet's length: what an event's packet begins with, up to the timestamp's value
+HEADS = [tag(1, 2) + varint(length) + tag(8) for length in range(1024)]
 BEGIN, END, INSTANT, COUNTER = (uint(9, n) for n in (1, 2, 3, 4))  # TrackEvent.type
 TRACK, NAME, CATEGORY = tag(11), tag(10), tag(3)
 COUNT = tag(30)
@@ -25,7 +26,7 @@ ARGUMENT = tag(4, 2)
 ARG_UINT, ARG_POINTER, ARG_TEXT, ARG_INTERNED = tag(3), tag(7), tag(6, 2), tag(17)
 CATEGORIES, NAMES, ARGUMENT_NAMES, STRINGS = 1, 2, 3, 29  # of InternedData
 REALTIME, MONOTONIC = 1, 3  # builtin clocks
-BUFFER = 1 << 18  # bytes that are written at once
+PARTS_MAX = 1 << 15  # pieces of bytes that are written at once, six for an event
 FORGET_NS = 2_000_000_000  # a chain that was quiet for so long is taken for over
 CHAINS_MAX = 20_000  # that are not over
 CACHE_MAX = 1 << 15  # entries of each cache
@@ -62,9 +63,10 @@ class TrackEvents:
     def __init__(self, file: IO[bytes], monotonic_ns: int, realtime_ns: int) -> None:
         """The times: one moment on both clocks."""
         self._file = file
-        self.buffer = bytearray()
+        self.parts: list[bytes] = []
         self._uuid = 0
         self._interned: dict[tuple[int, str], int] = {}
+        self._arguments: dict[str, bytes] = {}  # by name
         self.waiting: dict[int, tuple[Event, bool]] = {}  # chain -> its last event; is it the first, too?
         self._chains: dict[int, bytes] = {}
         self._high, self._behind = -1, b""  # the upper part of the last event's time, as bytes
@@ -93,6 +95,17 @@ class TrackEvents:
                 arg = cached(self._chains, chain, argument(self._chain_arg, varint(chain)))
             body += arg
         event = Event(time_ns, body)
+        if not cause and not also:  # most
+            before = waiting.pop(chain, None)
+            if before is not None:
+                earlier = before[0]
+                earlier.body += FLOW + _ID(chain)
+                earlier.waits -= 1
+                if not earlier.waits:
+                    self.out(earlier.time_ns, earlier.body)
+            event.waits = 1
+            waiting[chain] = event, before is None
+            return
         if cause and chain not in waiting:
             self._arrow(cause, event)
         if chain:
@@ -132,9 +145,11 @@ class TrackEvents:
         if time_ns >> 28 != self._high:  # most are of the same quarter of a second
             self._high = time_ns >> 28
             self._behind = varint(self._high) + EVENT
-        time = TIMESTAMP + MORE[time_ns & MASK] + MORE[time_ns >> 14 & MASK] + self._behind
-        packet = time + varint(len(body)) + body
-        self.buffer += b"\x0a" + varint(len(packet)) + packet
+        length = len(body)
+        size = LAST[length] if length <= MASK else varint(length)
+        length += 5 + len(self._behind) + len(size)
+        head = HEADS[length] if length < 1024 else tag(1, 2) + varint(length) + tag(8)
+        self.parts += (head, MORE[time_ns & MASK], MORE[time_ns >> 14 & MASK], self._behind, size, body)
 
     def close(self, time_ns: int, head: bytes) -> None:
         self.out(time_ns, END + head)
@@ -193,7 +208,10 @@ class TrackEvents:
                 + NAME + varint(self.intern(NAMES, name)))  # fmt: skip
 
     def argument_head(self, name: str) -> bytes:
-        return uint(1, self.intern(ARGUMENT_NAMES, name))
+        head = self._arguments.get(name)
+        if head is None:
+            head = self._arguments[name] = uint(1, self.intern(ARGUMENT_NAMES, name))
+        return head
 
     def arg_uint(self, name: str, value: int) -> bytes:
         return argument(self.argument_head(name) + ARG_UINT, varint(value & FOREVER - 1))
@@ -222,11 +240,11 @@ class TrackEvents:
     # --- bytes
 
     def packet(self, *parts: bytes) -> None:
-        self.buffer += message(1, *parts)
+        self.parts.append(message(1, *parts))
 
     def write(self) -> None:
-        self._file.write(self.buffer)
-        self.buffer.clear()
+        self._file.write(b"".join(self.parts))
+        self.parts.clear()
 
 
 def argument(head: bytes, value: bytes) -> bytes:

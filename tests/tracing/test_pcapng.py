@@ -17,6 +17,7 @@ from bus import codec, recorder
 from bus.frames import TABLE, Frame, Line, PostedBatch, Read, ReadReply, Refused, Write, WriteReply
 from bus.recorder import DATA_MAX, FRAME, Recorder
 from tests.tracing import tshark
+from tests.tracing.maker import RINGS, Maker
 from tracing import luagen, pcapng
 from tracing.file import Trace
 from tracing.file import Writer as TraceWriter
@@ -36,6 +37,13 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "dict[str, Any]": ({"a": [1, -2, None, 2.5, {"b": b"\xff"}], "c": "d" * 300}, {}),
     "tuple[PostedWrite, ...]": ((("regs", 0, 1, 0x41), ("mmio", 2**33, 4, 2**32 - 1)), ()),
 }
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Maker]:
+    maker = Maker(monkeypatch, tmp_path / "t.bptrace")
+    yield maker
+    maker.close()
 
 
 def noted(
@@ -114,6 +122,24 @@ def test_blocks_of_a_recorded_ring(tmp_path: Path) -> None:
         assert packet[32:] == frame[:DATA_MAX]
         assert length == 32 + len(frame)
     assert b"process %d begins: uart0: first" % os.getpid() in kinds[2][1]
+
+
+def test_packets_of_all_rings_come_in_order_of_time(make: Maker) -> None:
+    for turn in range(50):
+        make.interrupt(4, 0x34, make.posted(turn))
+        make.read()
+    with Trace(make.save()) as trace:
+        records = list(pcapng.by_time(trace))
+        times = [record.time_ns for _, record in records]
+        assert times == sorted(times)
+        frames = [record for _, record in records if record.kind == FRAME]
+        assert len(frames) == 50 * 5
+        assert {trace.meta.rings[ring] for ring, _ in records} == set(RINGS)
+        of_disk, of_uart = io.BytesIO(), io.BytesIO()
+        pcapng.export(trace, of_disk, frozenset({"disk0"}))
+        pcapng.export(trace, of_uart, frozenset({"uart0"}))
+    assert [kind for kind, _ in blocks(of_disk.getvalue())].count(pcapng.PACKET) == 0
+    assert [kind for kind, _ in blocks(of_uart.getvalue())].count(pcapng.PACKET) == 50 * 4
 
 
 @tshark.needed

@@ -283,8 +283,8 @@ def test_varints() -> None:
 
 
 def test_what_waits_is_bounded(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perfetto, "CHAINS_MAX", 50)
     monkeypatch.setattr(trackevents, "CHAINS_MAX", 50)
+    monkeypatch.setattr(perfetto, "PARTS_MAX", 60)
     monkeypatch.setattr(trackevents, "CACHE_MAX", 20)
     for turn in range(500):
         make.posted(turn)
@@ -294,7 +294,7 @@ def test_what_waits_is_bounded(make: Maker, monkeypatch: pytest.MonkeyPatch) -> 
         writer = perfetto.Writer(out, trace.meta)
     for step in steps:
         writer.step(step)
-        assert len(writer.waiting) <= 52
+        assert len(writer.waiting) <= 50 + 60 / 6
         assert len(writer._values) <= 20
     writer.end()
     assert len(out.getvalue()) > 500 * 100

@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling bench-pauses bench-live bench-tracing bench-trace torture soak model profile clean distclean
+.PHONY: help setup guest guest-bench run hello test lint conformance conformance-system programs fuzz boots bench bench-boot bench-scaling bench-pauses bench-live bench-restore bench-tracing bench-trace torture soak model profile clean distclean
 
 help:
 	@echo "make run         set up, fetch the guest, boot it in this terminal"
@@ -29,6 +29,8 @@ help:
 	@echo "make bench-live  what the devices' journals cost: the same machine with and without, in turn"
 	@echo "make bench-tracing  what recording costs: the same machine without, with the flight recorder, to a file"
 	@echo "make bench-trace  time and memory of the exports of a trace of a million records"
+	@echo "make bench-restore  how long a restore takes, until the guest runs and until its shell answers"
+
 	@echo "make torture     1,000 kills and 1,000 swaps under a guest that checks all it does (KILLS=, SWAPS=, SEED=, MINUTES=)"
 	@echo "make soak        a fork storm for MINUTES=60: mappings and memory must stay flat"
 	@echo "make model       every run of the protocol of live swap, up to a bound: states and transitions"
@@ -114,6 +116,9 @@ bench-live: guest
 
 bench-tracing: guest
 	@$(PY) -m bench.tracing $(BENCH_ARGS)
+
+bench-restore: guest
+	@$(PY) -m bench.restores $(BENCH_ARGS)
 
 bench-trace: setup
 	@$(PY) -m bench.trace_export $(BENCH_ARGS)

@@ -8,8 +8,9 @@ Left out: the L bit and 16-byte system descriptors (no long mode).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 ES, CS, SS, DS, FS, GS = range(6)
 SEGMENT_NAMES = ("es", "cs", "ss", "ds", "fs", "gs")
@@ -40,8 +41,7 @@ SELECTOR_INDEX = 0xFFF8
 NEVER = -1  # Segment.data_cpl of a segment that no data register may hold
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, eq=False):
     """A segment register: the visible selector and the hidden descriptor cache.
 
     `limit` is in bytes, granularity applied. n bytes at offset o are inside iff lowest <= o and
@@ -148,8 +148,7 @@ def virtual8086(selector: int) -> Segment:
     return build(selector, selector << 4, 0xFFFF, 0xF3)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gate:
+class Gate(msgspec.Struct, frozen=True, eq=False):
     """A call, interrupt, trap or task gate [5.8.3, 6.11]."""
 
     type: int

@@ -12,7 +12,8 @@ operations.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 from cpu_node import layout as at
 from cpu_node import mode as modes
@@ -54,16 +55,14 @@ _ALIGNED = (  # faults where r8d isn't a multiple of 16
 _READS, _WRITES = at.TLB_READ - at.TLB_BASE, at.TLB_WRITE - at.TLB_BASE
 
 
-@dataclass(frozen=True, slots=True)
-class SoftCode(Split):
+class SoftCode(Split, frozen=True):
     """With what rollback.py asks: host offsets in the template."""
 
     saved_from: int = 0  # from here on ECX is in r12
     done_at: int = -1  # here only the copy back from r12 is missing; -1: nowhere
 
 
-@dataclass(frozen=True, slots=True)
-class SoftFunction:
+class SoftFunction(msgspec.Struct, frozen=True):
     """A template that is more than the parts of a SoftCode."""
 
     function: Function

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from cpu_node import layout as at
 from cpu_node.assembled import assemble
@@ -52,8 +53,7 @@ def with_va(text: str) -> Function:
     return code
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(msgspec.Struct, frozen=True):
     """A Function: host code, the displacement, host code, the immediate. Offsets are from the instruction."""
 
     before: bytes

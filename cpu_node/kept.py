@@ -13,7 +13,8 @@ import struct
 import zlib
 from array import array
 from bisect import bisect_right
-from dataclasses import dataclass
+
+import msgspec
 
 from cpu_node import mode as modes
 from cpu_node.line import Chunk, Line
@@ -40,8 +41,7 @@ def key_of(line: Line) -> Key:
     return line.va, mode, (_VERIFY if line.verify else 0) | (_SINGLE if line.starts == 1 else 0)
 
 
-@dataclass(slots=True, eq=False)
-class Kept:
+class Kept(msgspec.Struct, eq=False):
     """A record, taken apart."""
 
     key: Key

@@ -9,8 +9,9 @@ another process: the x87 instruction pointers (docs/how-it-works.md, Quirks).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from cpu_node import descriptor
 from cpu_node import layout as at
@@ -31,8 +32,7 @@ class CpuStateMismatch(ValueError):
     """A saved state doesn't fit this CPU."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outer:
+class Outer(msgspec.Struct, frozen=True):
     """What of a CPU the engine does not hold: its clocks, where they stood, and the INTR pin."""
 
     clock_ns: int  # the machine's

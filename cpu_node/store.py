@@ -25,8 +25,9 @@ import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from bus.checksum import blake2b
 from cpu_node.folders import Refused, check_owner, open_folder
@@ -64,8 +65,7 @@ def assembler_version() -> bytes:
     return Path(spec.origin).with_name("keystone_const.py").read_bytes()
 
 
-@dataclass(slots=True, eq=False)
-class _File:
+class _File(msgspec.Struct, eq=False):
     """One file of records, open."""
 
     name: str
@@ -74,8 +74,7 @@ class _File:
     used: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
+class _Entry(msgspec.Struct, eq=False):
     """One record of the index."""
 
     file: _File

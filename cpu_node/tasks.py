@@ -9,8 +9,9 @@ Left out: checking the limit of the outgoing TSS (it was checked when it was ent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from cpu_node import stack
 from cpu_node.cpu import CR0_PE, CR0_PG, CR0_TS, DR6_BT, Cpu
@@ -157,8 +158,7 @@ def switch(cpu: Cpu, selector: int, va: int, raw: int, reason: Reason, flags: in
         cpu.pending_debug |= DR6_BT
 
 
-@dataclass(slots=True)
-class _State:
+class _State(msgspec.Struct):
     """What a TSS holds of a task. Selectors in the order of Cpu.seg."""
 
     cr3: int | None

@@ -41,8 +41,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Channel:
+class Channel(msgspec.Struct, frozen=True):
     """A byte stream between a device and its host side.
 
     `sends` is the channel name for Wiring.send, `receives` the one handed to Device.receive ("" if nothing
@@ -54,8 +53,7 @@ class Channel:
     setting: str = "backend"
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(msgspec.Struct, frozen=True):
     """A file or block device of the host's that a device reads and writes in place.
 
     `setting` names the SETTINGS field with its path (str), `read_only` the one that forbids writes (bool).

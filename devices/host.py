@@ -53,7 +53,7 @@ from devices.host_config import HostConfig
 from devices.journal import BadJournal, Record
 from devices.notes import Notes
 from devices.prepared import Prepared
-from devices.registry import BadDeviceType, BadSettings
+from devices.registry import BadDeviceType, BadSettings, is_built_in, load_class, make_settings
 from devices.slot import Slot
 
 DRAIN_S = 2.0  # a sender that never stops must not keep us
@@ -379,6 +379,14 @@ class Host:
 def _in_words(received: Received) -> str:
     """A frame in a few words."""
     return f"{received.frame!r:.120} from {received.peer}"
+
+
+def before_fork(config: dict[str, Any]) -> None:
+    """In the fork server: make what all processes of such devices have in common. A device from a file is
+    left to its process, which reads it as it is then."""
+    parsed = msgspec.convert(config, HostConfig)  # makes what msgspec wants to know of the type
+    if is_built_in(parsed.type):
+        make_settings(load_class(parsed.type), parsed.settings)
 
 
 def run(config: dict[str, Any]) -> None:

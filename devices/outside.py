@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 from bus.frames import ApicMessage, Event, Frame, Intr, Line
 
@@ -65,8 +66,7 @@ class Immediately:
             effect()
 
 
-@dataclass(slots=True)
-class InputLines:
+class InputLines(msgspec.Struct):
     """Input lines of a controller: who drives each high; the level is the OR of them."""
 
     drivers: dict[int, set[str]]
@@ -86,8 +86,7 @@ class InputLines:
         return cls({irq: set(sources) for irq, sources in plain})
 
 
-@dataclass(slots=True)
-class OutputEffect:
+class OutputEffect(msgspec.Struct):
     """An effect: bytes for the host side."""
 
     outside: Outside
@@ -98,8 +97,7 @@ class OutputEffect:
         self.outside.output(self.channel, bytes(self.data))
 
 
-@dataclass(slots=True)
-class LevelEffect:
+class LevelEffect(msgspec.Struct):
     """An effect: a new level of one of the device's own lines."""
 
     outside: Outside

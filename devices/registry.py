@@ -6,6 +6,7 @@ BadDeviceType whose message is one line.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -45,19 +46,33 @@ class BadSettings(ValueError):
     """Settings that the device's SETTINGS class does not take."""
 
 
+def is_built_in(type_name: str) -> bool:
+    return _module_name(type_name) in BUILT_IN
+
+
+def _module_name(type_name: str) -> str:
+    return type_name.replace("-", "_")  # "virtio-blk" is virtio_blk
+
+
 def load_class(type_name: str) -> type[Device[Any]]:
     """The device class, its declarations checked."""
     path, colon, class_name = type_name.rpartition(":")
-    built_in = type_name.replace("-", "_")  # "virtio-blk" is virtio_blk
-    if colon:
-        module = _import_file(Path(path))
-    elif built_in in BUILT_IN:
-        module, class_name = importlib.import_module(f"devices.{built_in}"), BUILT_IN[built_in]
-    else:
+    if is_built_in(type_name):
+        return _built_in(_module_name(type_name))
+    if not colon:
         known = ", ".join(sorted(BUILT_IN))
         raise BadDeviceType(
             f"unknown device type {type_name!r}: use one of {known}, or path/to/file.py:Class"
         )
+    return _checked(type_name, _import_file(Path(path)), class_name)
+
+
+@functools.cache
+def _built_in(name: str) -> type[Device[Any]]:
+    return _checked(name, importlib.import_module(f"devices.{name}"), BUILT_IN[name])
+
+
+def _checked(type_name: str, module: ModuleType, class_name: str) -> type[Device[Any]]:
     cls = getattr(module, class_name, None)
     if cls is None:
         raise BadDeviceType(f"{type_name}: the file has no class {class_name}")

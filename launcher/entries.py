@@ -25,5 +25,6 @@ class EntryPoints(msgspec.Struct, frozen=True):
         """What the fork server imports once for all."""
         entries = (self.cpu, self.memory, self.device, self.rim)
         cpu, memory, device, rim = (entry.rpartition(".")[0] for entry in entries)
-        shared = ("zmq", "msgpack", "msgspec", "logging", "bus.endpoint", "bus.mirror", "bus.addressmap")
-        return Preload(shared, cpu, (memory, device, rim, "devices.builtin"))
+        shared = ("zmq", "msgpack", "msgspec", "logging", "bus.endpoint", "bus.mirror", "bus.addressmap",
+                  "memory_node.store", "devices.rim")  # fmt: skip
+        return Preload(shared, cpu, (memory, device, rim))

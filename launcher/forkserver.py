@@ -27,6 +27,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ from launcher.process_unsafe import die_with_parent, set_thread_name
 from memory_node import wire
 
 STDERR = 2
+Request = tuple[dict[str, Any], list[int]]
 FORK_DEADLINE_S = 30.0  # for the imports and one fork, on a busy host
 
 
@@ -94,23 +96,31 @@ class ForkServer(msgspec.Struct):
 
     def fork(self, spec: ChildSpec) -> Child:
         """Fork one child; blocks until it exists. MachineDied when the fork server can't."""
-        request = {
-            "op": "fork",
-            "node": spec.node,
-            "entry": spec.entry,
-            "config": spec.config,
-            "title": spec.title,
-            "log": str(spec.log),
-            "fds": list(spec.fds),
-        }
+        return self.fork_all([spec])[0]
+
+    def fork_all(self, specs: Sequence[ChildSpec]) -> list[Child]:
+        """Fork children of different nodes, which takes less than one by one."""
+        children: dict[str, Child] = {}
         try:
-            wire.send_record(self.sock, request, tuple(spec.fds.values()))
-            while True:
+            for spec in specs:
+                request = {
+                    "op": "fork",
+                    "node": spec.node,
+                    "entry": spec.entry,
+                    "config": spec.config,
+                    "title": spec.title,
+                    "log": str(spec.log),
+                    "fds": list(spec.fds),
+                }
+                wire.send_record(self.sock, request, tuple(spec.fds.values()))
+            while len(children) < len(specs):
                 report, fds = self._receive()
                 if report["op"] == "forked":
-                    return Child(str(report["node"]), int(report["pid"]), fds[0])
+                    node = str(report["node"])
+                    children[node] = Child(node, int(report["pid"]), fds[0])
         except OSError as e:
             raise MachineDied(f"fork server (pid {self.pid}) does not answer: {e}") from e
+        return [children[spec.node] for spec in specs]
 
     def read_reports(self) -> None:
         """Take in what has arrived, without waiting."""
@@ -229,26 +239,33 @@ def _serve(sock: socket.socket, launcher: int, preload: Preload) -> None:
             if not keeper.turn(fd, children):
                 return
         else:
-            received = _request(keeper.launcher)
-            if received is None:
+            requests = _requests(keeper.launcher)
+            if not requests:
                 if not keeper.left(children):
                     return
                 continue
-            if received[0]["op"] != "fork":
-                keeper.obey(*received)
-                continue
-            if not children:  # the first: now we know whose fork server this is
-                set_title(f"backplane {received[0]['config']['machine']}: fork server", "forkserver")
-            child = None
-            if ahead is not None and _module(received[0]) == ahead.module:
-                child, ahead = ahead.take(*received), None
-            pid, pidfd = child or _fork_child(*received)
-            for fd_of_child in received[1]:
-                os.close(fd_of_child)
-            children[pidfd] = (pid, received[0]["node"])
-            report = {"op": "forked", "node": received[0]["node"], "pid": pid}
-            with contextlib.suppress(OSError):  # it has just ended: we see that next
-                wire.send_record(keeper.launcher, report, [pidfd])
+            to_fork = []
+            for request in requests:
+                if request[0]["op"] == "fork":
+                    to_fork.append(request)
+                else:
+                    keeper.obey(*request)
+            if to_fork and not children:  # the first: now we know whose fork server this is
+                set_title(f"backplane {to_fork[0][0]['config']['machine']}: fork server", "forkserver")
+            forked = []
+            for request in tuple(to_fork):
+                if ahead is not None and _module(request[0]) == ahead.module:
+                    if (child := ahead.take(*request)) is not None:
+                        to_fork.remove(request)
+                        forked.append((request, child))
+                    ahead = None
+            for (record, fds), (pid, pidfd) in [*forked, *_fork_children(to_fork)]:
+                for fd_of_child in fds:
+                    os.close(fd_of_child)
+                children[pidfd] = (pid, record["node"])
+                report = {"op": "forked", "node": record["node"], "pid": pid}
+                with contextlib.suppress(OSError):  # it has just ended: we see that next
+                    wire.send_record(keeper.launcher, report, [pidfd])
 
 
 def _next_readable(fds: Sequence[int]) -> int:
@@ -258,11 +275,18 @@ def _next_readable(fds: Sequence[int]) -> int:
     return poll.poll()[0][0]
 
 
-def _request(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    try:
-        return wire.receive_record(sock)
-    except OSError:  # it ended before it had read all of our reports
-        return None
+def _requests(sock: socket.socket) -> list[Request]:
+    """All that have come; none when the launcher has gone."""
+    requests: list[Request] = []
+    while not requests or select.select([sock], [], [], 0)[0]:
+        try:
+            received = wire.receive_record(sock)
+        except OSError:  # it ended before it had read all of our reports
+            break
+        if received is None:
+            break
+        requests.append(received)
+    return requests
 
 
 def _import(sock: socket.socket, modules: Sequence[str]) -> None:
@@ -288,12 +312,28 @@ def _run_ahead(parent: int, sock: socket.socket, module: str) -> None:
         _run_request(*received)
 
 
-def _fork_child(request: dict[str, Any], fds: Sequence[int]) -> tuple[int, int]:
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        run_and_exit(lambda: _run_child(parent, request, fds))
-    return pid, os.pidfd_open(pid)
+def _before_fork(request: dict[str, Any]) -> None:
+    """Let the program do here what each of its processes would else do for itself."""
+    program = sys.modules.get(_module(request))
+    if (prepare := getattr(program, "before_fork", None)) is not None:
+        with contextlib.suppress(Exception):  # the process will say what is wrong
+            prepare(request["config"])
+
+
+def _fork_children(requests: Sequence[Request]) -> list[tuple[Request, tuple[int, int]]]:
+    """With pid and pidfd of each.
+
+    What this process touches between two forks it has to copy anew, so it does nothing there.
+    """
+    for record, _ in requests:
+        _before_fork(record)
+    parent, pids = os.getpid(), []
+    for record, fds in requests:
+        pid = os.fork()
+        if pid == 0:
+            run_and_exit(partial(_run_child, parent, record, fds))
+        pids.append(pid)
+    return [(request, (pid, os.pidfd_open(pid))) for request, pid in zip(requests, pids, strict=True)]
 
 
 def _run_child(parent: int, request: dict[str, Any], fds: Sequence[int]) -> None:

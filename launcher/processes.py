@@ -106,16 +106,23 @@ class Processes:
     def devices(self) -> list[str]:
         return list(self._journals)
 
-    def fork(self, spec: ChildSpec) -> None:
-        """Start a node's first process."""
-        control: socket.socket | None = None
-        if spec.node == CPU:
-            child = self._forkserver.fork(self._timed(spec))
-        else:
-            child, control = self._fork_controlled(spec)
-        self.by_node[spec.node] = process = Process(child, spec.log, control=control)
-        process.restarts.started(time.monotonic())
-        self._endpoint.connect(spec.node)
+    def fork(self, specs: Sequence[ChildSpec]) -> None:
+        """Start the nodes' first processes."""
+        pairs = [None if spec.node == CPU else _pair() for spec in specs]
+        try:
+            told = [
+                self._timed(spec) if pair is None else self._controlled(spec, pair[1])
+                for spec, pair in zip(specs, pairs, strict=True)
+            ]
+            children = self._forkserver.fork_all(told)
+        finally:
+            for _, theirs in filter(None, pairs):
+                theirs.close()
+        for spec, child, pair in zip(specs, children, pairs, strict=True):
+            control = None if pair is None else pair[0]
+            self.by_node[spec.node] = process = Process(child, spec.log, control=control)
+            process.restarts.started(time.monotonic())
+            self._endpoint.connect(spec.node)
 
     def adopt(self, inherited: Inherited) -> None:
         """Go on with the processes of a launcher that has gone. Those that have ended are buried as any."""
@@ -406,14 +413,20 @@ class Processes:
         return replace(spec, config={**spec.config, **self._clock()})
 
     def _fork_controlled(self, spec: ChildSpec) -> tuple[Child, socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if spec.node in self._journals:
-            spec = self._timed(spec)
-        spec = replace(spec, fds={**spec.fds, "control": theirs.fileno()})
+        ours, theirs = _pair()
         try:
-            return self._forkserver.fork(spec), ours
+            return self._forkserver.fork(self._controlled(spec, theirs)), ours
         finally:
             theirs.close()
+
+    def _controlled(self, spec: ChildSpec, control: socket.socket) -> ChildSpec:
+        if spec.node in self._journals:
+            spec = self._timed(spec)
+        return replace(spec, fds={**spec.fds, "control": control.fileno()})
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _with_journal(launch: Launch, spec: ChildSpec) -> ChildSpec:

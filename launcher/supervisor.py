@@ -27,7 +27,7 @@ from launcher.forkserver import ForkServer
 from launcher.journal import Journal
 from launcher.launch import Launch, MachineEnd
 from launcher.memory import load_images
-from launcher.names import CPU, MEMORY
+from launcher.names import CPU
 from launcher.pausing import NotQuiet, Pausing
 from launcher.processes import LAST_WORDS_S, SECOND_NS, Process, Processes
 from launcher.recording import Draining
@@ -127,17 +127,11 @@ class Supervisor:
         self._endpoint.bind()
         if self._launch.restored is not None:
             self._pausing.begin_paused(self._launch.restored.clock_ns)
-        self._processes.fork(self._launch.memory)
-        if self._launch.rim is not None:
-            self._processes.fork(self._launch.rim)
-        self._wait_for(lambda: self._processes.by_node[MEMORY].ready, START_S, "memory is not ready")
-        restored = self._launch.restored
+        restored, rim = self._launch.restored, self._launch.rim
         if restored is None:
             load_images(self._launch.memory, self._launch.images)
-        *devices, cpu = self._launch.others
-        for spec in (cpu, *devices):  # the CPU node has most to do before it is ready
-            self._processes.fork(spec)
-            self._turn(0)
+        *devices, cpu = self._launch.others  # the CPU node has most to do before it is ready
+        self._processes.fork([self._launch.memory, cpu, *([] if rim is None else [rim]), *devices])
         self._processes.show_last(cpu.node)
         self._wait_for(
             lambda: all(p.ready for p in self._processes.by_node.values()),

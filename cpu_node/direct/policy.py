@@ -10,7 +10,7 @@ Left out: what kind of trap it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 EARN_NS = 20_000_000  # to go direct; what starting a child and its first traps cost, times that
 PAGE_NS = 50_000  # besides, for each page it must be shown: 8 µs, times that
@@ -19,8 +19,7 @@ EARN_MOST_NS = 5_000_000_000  # after coming back again and again
 STRETCHES_PER_TRAP = 6  # price of a trap in times of its measured cost: direct code saves a sixth, at best
 
 
-@dataclass(slots=True)
-class Pace:
+class Pace(msgspec.Struct):
     """What an address space has earned. New ones run translated."""
 
     direct: bool = False

@@ -7,7 +7,9 @@ all of them for what names none: `launcher --help`, a slip.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +35,40 @@ EPILOG = "\n".join(
     ]
 )
 
+COLUMNS = 80  # where there is no terminal
 Add = Callable[..., argparse.ArgumentParser]  # makes the parser of a command
 
 
 def parse(argv: Sequence[str]) -> Any:
     """The options, with `command`. SystemExit: told what is wrong, or what was asked for."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launcher", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        "launcher", description=DESCRIPTION, epilog=EPILOG, formatter_class=_RawFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="launcher")
     for describe in [COMMANDS[argv[0]]] if argv and argv[0] in COMMANDS else COMMANDS.values():
-        describe(commands.add_parser)
+        describe(partial(commands.add_parser, formatter_class=_Formatter))
     return parser.parse_args(argv)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """As wide as the terminal, which argparse asks shutil for: that takes as long as all the rest of it."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+class _RawFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _columns() -> int:
+    """As shutil.get_terminal_size has it."""
+    if (wanted := os.environ.get("COLUMNS", "")).isdecimal() and int(wanted):
+        return int(wanted)
+    try:
+        return os.get_terminal_size(1).columns or COLUMNS
+    except OSError:
+        return COLUMNS
 
 
 def _up(add: Add) -> None:

@@ -152,6 +152,7 @@ def _restore(add: Add) -> None:
     restore.add_argument("--until", type=_text, metavar="TEXT", help="end it when TEXT is on its console")
     restore.add_argument("--timeout", type=_seconds, metavar="S", help="end it after S seconds, status 4")
     restore.add_argument("--log-level", choices=LEVELS, default=DEFAULT_LEVEL, help="as of `up`")
+    restore.add_argument("--outlive", action="store_true", help="let it run on if this launcher is killed")
 
 
 def _ps(add: Add) -> None:

@@ -202,6 +202,7 @@ def _restore(options: Any, entries: EntryPoints | None) -> int:
         name=options.name,
         detach=options.detach,
         paused=options.paused,
+        outlive=options.outlive,
         until=options.until,
         timeout_s=options.timeout,
         log_level=options.log_level,

@@ -44,6 +44,7 @@ class RestoreOptions(msgspec.Struct, frozen=True):
     until: str | None
     timeout_s: float | None
     log_level: str
+    outlive: bool = False
 
 
 class Restored(msgspec.Struct):
@@ -140,6 +141,7 @@ def _run_machine(
             facts=MachineFacts(index.origin.name, index.origin.file, index.origin.text, index.console,
                                index.host_cpu, tuple(disks)),
             restored=restored,
+            outlive=options.outlive,
             lock_fd=run_dir.lock_fd,
         )
         journal = Journal(name, options.log_level)

@@ -187,6 +187,28 @@ def test_the_machine_file_says_that_it_outlives_its_launcher(machine: Path, runt
         first.wait_gone()
 
 
+def test_a_restored_machine_may_outlive_its_launcher(machine: Path, tmp_path: Path, runtime: Path) -> None:
+    file = tmp_path / "orders.snap"
+    with Screen("up", machine, runtime=runtime) as origin:
+        origin.wait_for("line 00000080\r\n")
+        command("snapshot", NAME, file, runtime=runtime)
+        command("down", NAME, runtime=runtime)
+        origin.wait_gone()
+    with contextlib.ExitStack() as screens:
+        first = screens.enter_context(Screen("restore", "--outlive", file, runtime=runtime))
+        more_lines(first)
+        killed(first)
+        assert NOBODY in command("ps", runtime=runtime)
+        second = screens.enter_context(Screen("up", machine, runtime=runtime))
+        more_lines(second)
+        assert lines(second)[0] <= lines(first)[-1] + 1
+        second.type("r")  # what a reset loads was in the snapshot
+        second.wait_for("line 00000001\r\n")
+        second.type("p")
+        second.finish(0)
+        first.wait_gone()
+
+
 def test_what_is_refused_leaves_the_machine_as_it_is(machine: Path, tmp_path: Path, runtime: Path) -> None:
     (tmp_path / "other").mkdir()
     other = asm_machine(tmp_path / "other", "numbers", NAME)

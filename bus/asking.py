@@ -81,8 +81,9 @@ class LatchState:
 class Target:
     """One device as the CPU thread sees it."""
 
-    __slots__ = ("_asking", "_link", "_live", "_looked", "_name", "_resumes", "_stream", "batch", "dirty",
-                 "last", "latches", "node", "oldest_ns", "posted")  # fmt: skip
+    __slots__ = ("_asking", "_link", "_live", "_looked", "_name", "_resumes", "_stream", "asked", "batch",
+                 "batch_sizes", "dirty", "last", "latches", "mirrored", "node", "oldest_ns",
+                 "posted")  # fmt: skip
 
     def __init__(self, node: str, link: Link, asking: Asking) -> None:
         self.node = node
@@ -92,6 +93,8 @@ class Target:
         self.dirty = False  # posted writes may not have taken effect yet
         self.latches: list[LatchState] = []
         self.last: dict[tuple[str, int], int] = {}  # for registers declared `own`: the last posted write
+        self.asked = self.mirrored = 0  # accesses
+        self.batch_sizes = [0] * (BATCH_WRITES + 1)  # how many batches had so many writes
         self.posted = 0  # operations so far, counted only if there are such
         self._asking = asking
         self._link = link
@@ -164,6 +167,7 @@ class Target:
         asking.waiting.remove(self)
         asking.posted += len(writes)
         asking.batches += 1
+        self.batch_sizes[len(writes)] += 1
         return writes
 
     def tell(self, frame: Frame) -> None:
@@ -185,6 +189,7 @@ class Target:
                 frame = Read(frame.region, frame.offset, frame.width, carried)
             asking.flush()
         asking.synchronous += 1
+        self.asked += 1
         span = next(asking.ids)
         for _ in carried:
             next(asking.ids)
@@ -203,6 +208,24 @@ class Target:
             asking.refused += 1
             raise AccessRefused(f"{self.node} refused {frame}: {reply.reason}")
         raise AccessRefused(f"{self.node} answered {frame} with {reply}")
+
+    def stats(self) -> dict[str, int]:
+        """Accesses of this device by class, and its batches."""
+        sizes = [(size, count) for size, count in enumerate(self.batch_sizes) if count]
+        batches, median, seen = sum(count for _, count in sizes), 0, 0
+        for size, count in sizes:
+            seen += count
+            if 2 * seen >= batches:
+                median = size
+                break
+        return {
+            "synchronous": self.asked,
+            "posted": sum(size * count for size, count in sizes),
+            "mirrored": self.mirrored,
+            "batches": batches,
+            "batch_p50": median,
+            "batch_max": sizes[-1][0] if sizes else 0,
+        }
 
     def positions(self) -> tuple[int, int]:
         """Numbers of the last frames to and from the device, everything that has arrived taken."""

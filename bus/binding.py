@@ -112,7 +112,7 @@ class Binder:
         if width == 1 and offset in entry.range.own and entry.mirror_page in self._mirrors:
             where = entry.range.name, offset
             return _own_reader(
-                self._mirrors[entry.mirror_page], entry.mirror_slots[offset], target.last, where, read
+                self._mirrors[entry.mirror_page], entry.mirror_slots[offset], target, where, read
             )
         covered = range(offset, offset + width)
         mirror = self._mirrors.get(entry.mirror_page) if entry.mirror_page is not None else None
@@ -137,17 +137,18 @@ class Binder:
 def _own_reader(
     mirror: MirrorReader,
     slot: int,
-    last: Mapping[tuple[str, int], int],
+    target: Target,
     where: tuple[str, int],
     read_synchronously: Reader,
 ) -> Reader:
     """Read a register that only posted writes of itself change."""
-    slots = mirror.slots
+    slots, last = mirror.slots, target.last
 
     def read() -> int:
         if last[where] <= mirror.done:
             entry = slots[slot]
             if entry & SLOT_BYTE:
+                target.mirrored += 1
                 return entry & 0xFF
         return read_synchronously()
 
@@ -167,10 +168,12 @@ def _latched_reader(
             return read_synchronously()
         entry = slots[slot]
         if entry & SLOT_BYTE:
+            target.mirrored += 1
             return entry & 0xFF
         shown = mirror.record(entry) if entry & SLOT_FORMULA else None
         if not isinstance(shown, Latch):
             return read_synchronously()
+        target.mirrored += 1
         if not (latch.is_set if latch.known_at > done else shown.is_set):
             return shown.low
         note(shown.high)
@@ -195,9 +198,11 @@ def _mirrored_reader(
         if relaxed or not target.dirty:
             entry = slots[slot]
             if entry & SLOT_BYTE and width == 1:
+                target.mirrored += 1
                 return entry & 0xFF
             value = read_formula(entry) if entry & SLOT_FORMULA else read_bytes()
             if value is not None:
+                target.mirrored += 1
                 return value
         return read_synchronously()
 

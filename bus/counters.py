@@ -39,6 +39,11 @@ class Histogram:
         return 0
 
 
+    def buckets(self) -> list[tuple[int, int]]:
+        """(upper bound in ns, how many are between the bound before and this one), where there are any."""
+        return [(_upper_bound_ns(bucket), n) for bucket, n in enumerate(self._buckets) if n]
+
+
 def _upper_bound_ns(bucket: int) -> int:
     shift = (bucket >> SUB_BITS) - 1
     if shift <= 0:
@@ -68,4 +73,6 @@ class Counters(msgspec.Struct):
             "unroutable": self.unroutable,
             "latency_p50_ns": self.latency.quantile_ns(0.50),
             "latency_p99_ns": self.latency.quantile_ns(0.99),
+            "latency_max_ns": self.latency.highest_ns,
+            "latency_buckets": self.latency.buckets(),
         }

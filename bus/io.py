@@ -175,6 +175,7 @@ class IoClient:
             "posted": asking.posted,
             "batches": asking.batches,
             "refused": asking.refused,
+            "devices": {node: target.stats() for node, target in self._targets.items()},
         }
 
     def close(self) -> None:

@@ -310,7 +310,8 @@ class Host:
         match frame:
             case Stats():
                 mine = {"cpu_ns": time.process_time_ns(), "turns": self._turns}
-                answer = StatsReply({**self._endpoint.stats(), **mine})
+                counts = msgspec.structs.asdict(self._notes.counts)
+                answer = StatsReply({**self._endpoint.stats(), **mine, **counts})
             case Pause():
                 answer = PauseReply(self._clock.stop(), self._endpoint.positions())
             case Continue(clock_ns=clock_ns, host_ns=host_ns):

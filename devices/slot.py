@@ -85,7 +85,8 @@ class Slot(AsksDisks):
         finish(). Raises StateMismatch.
         """
         self.node = node
-        self._notes = notes or Notes()
+        self._notes = notes = notes or Notes()
+        self._counts = notes.counts
         self.now_ns = now_ns
         self._outside = outside
         self._irqs = dict(irqs)
@@ -121,6 +122,7 @@ class Slot(AsksDisks):
         level = bool(level)
         if self._levels.get(line) != level:
             self._levels[line] = level
+            self._counts.interrupts += level
             irq = self._irqs.get(line)
             source = f"{self.node}.{line}"
             if irq is not None and (level or not self._take_back(source)):
@@ -157,9 +159,11 @@ class Slot(AsksDisks):
         level = bool(level)
         if level != self._intr:
             self._intr = level
+            self._counts.interrupts += level
             self._effects.append(lambda: self._outside.to_boot_cpu(Intr(level)))
 
     def apic_message(self, message: ApicMessage) -> None:
+        self._counts.interrupts += 1
         self._effects.append(lambda: self._outside.to_cpus(message))
 
     def line_level(self, irq: int) -> bool:
@@ -288,6 +292,7 @@ class Slot(AsksDisks):
                 return None
             case Write(region, offset, width, value):
                 self._check(region, offset, width, value)
+                self._counts.writes += 1
                 device.write(region, offset, width, value)
                 return WriteReply()
             case StringIn(region, offset, width, count):
@@ -303,6 +308,7 @@ class Slot(AsksDisks):
                 for at in range(0, len(data), width):
                     value = int.from_bytes(data[at : at + width], "little")
                     device.write(region, offset, width, value)
+                self._counts.writes += len(data) // width
                 return StringOutReply()
             case Line():
                 self._need_controller()
@@ -417,6 +423,7 @@ class Slot(AsksDisks):
             elif (region, offset) not in self._latched or value > 0xFF:
                 raise BadAccess(f"nobody can have read {value:#x} from the mirror of {region!r}+{offset}")
         write = self.device.write
+        self._counts.writes += len(writes)
         for region, offset, width, value in writes:
             if width:
                 write(region, offset, width, value)
@@ -424,6 +431,7 @@ class Slot(AsksDisks):
                 self.device.seen(region, offset, value)
 
     def _read(self, region: str, offset: int, width: int) -> int:
+        self._counts.reads += 1
         value = self.device.read(region, offset, width)
         if value >> 8 * width:
             raise ValueError(f"{self.node}: read of {region}+{offset:#x} gave {value:#x} for {width} bytes")

@@ -169,12 +169,19 @@ def _stats(add: Add) -> None:
     stats = add(
         "stats",
         help="show what the processes of a running machine cost",
-        description="Show each process's memory and mappings, all counters, and, where it is measured, where "
+        description="On a terminal: what each device and CPU does per second, until Ctrl-C. Else, or with "
+        "--once, each process's memory and mappings, all counters, and, where it is measured, where "
         "the CPU's time goes: guest code, exits by kind, translation, page mappings, waiting for devices.",
     )
     _add_machine(stats)
-    stats.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    stats.add_argument("--watch", type=_seconds, metavar="S", help="print again every S seconds until Ctrl-C")
+    how = stats.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    how.add_argument("--prometheus", action="store_true", help="print it as Prometheus text")
+    how.add_argument(
+        "--listen", type=_address, metavar="[HOST:]PORT", help="serve that at /metrics until the machine ends"
+    )
+    how.add_argument("--once", action="store_true", help="print tables once, also on a terminal")
+    stats.add_argument("--watch", type=_seconds, metavar="S", help="again every S seconds until Ctrl-C")
     stats.add_argument(
         "--timing",
         choices=("on", "off"),
@@ -275,6 +282,15 @@ def _text(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("an empty text is there from the start")
     return value
+
+
+def _address(text: str) -> tuple[str, int]:
+    from launcher.scrape import parse_address
+
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _seconds(value: str) -> float:

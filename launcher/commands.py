@@ -35,7 +35,7 @@ class _PsRequest(msgspec.Struct):
     """Of `launcher ps`, or of `launcher stats`, which is shown all counters."""
 
     client: int
-    everything: bool
+    op: str
     deadline_ns: int
     missing: set[str]
     counters: dict[str, dict[str, Any]] = {}
@@ -118,12 +118,12 @@ class Commands:
             case "timing-on" | "timing-off":
                 self._endpoint.send(CPU, Timing(op == "timing-on"))
                 self._control.answer(client, {})
-            case "ps" | "stats":
+            case "ps" | "stats" | "metrics":
                 asked = {node for node, process in self._processes.by_node.items() if process.ready}
                 for node in asked:
                     self._endpoint.send(node, Stats())
                 deadline_ns = time.monotonic_ns() + STATS_NS
-                self._ps_requests.append(_PsRequest(client, op == "stats", deadline_ns, asked))
+                self._ps_requests.append(_PsRequest(client, op, deadline_ns, asked))
 
     def _trace(self, client: int, on: bool | None) -> None:
         launch = self._processes.launch
@@ -189,7 +189,14 @@ class Commands:
         for request in list(self._ps_requests):
             if not request.missing or time.monotonic_ns() >= request.deadline_ns:
                 self._ps_requests.remove(request)
-                self._control.answer(request.client, {"rows": list(self._ps_rows(request))})
+                rows = list(self._ps_rows(request))
+                if request.op == "metrics":
+                    from launcher import metrics  # seldom asked for
+
+                    text = metrics.text(self._processes.launch.machine, rows)
+                    self._control.answer(request.client, {"text": text})
+                else:
+                    self._control.answer(request.client, {"rows": rows})
 
     def _ps_rows(self, request: _PsRequest) -> Iterator[dict[str, Any]]:
         yield report.ps_row("launcher", os.getpid(), self._endpoint.stats())
@@ -207,7 +214,7 @@ class Commands:
                 row["state"] += ", silent"
             elif self._pausing.paused and node not in (MEMORY, RIM):
                 row["state"] = "paused"
-            if request.everything:
+            if request.op != "ps":
                 row["counters"] = request.counters.get(node, {})
                 row["replaced"] = list(process.replaced)
             yield row

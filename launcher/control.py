@@ -1,7 +1,8 @@
 """The control socket of a running machine: what `launcher ps` and `launcher down` talk to.
 
 One record (memory_node/wire.py) asks, one answers: {"op": "ps"} or {"op": "stats"} -> {"rows": [...]}, those
-of stats with all counters; {"op": "timing-on"}, "timing-off", "pause", "resume" or "down" -> {};
+of stats with all counters; {"op": "metrics"} -> {"text": the same for Prometheus}; {"op": "timing-on"},
+"timing-off", "pause", "resume" or "down" -> {};
 {"op": "snapshot", "file": absolute path} -> {"size", "stood_ns"}; {"op": "swap", "device", "type",
 "settings", "folder"} -> {"type", "old", "new", "pause_ns", "parts_ns"}; {"op": "kill", "device"} -> {"pid"};
 {"op": "leave", "by": pid of another launcher} -> {}; {"op": "trace", "on": true, false, or null to leave it}
@@ -25,8 +26,8 @@ from launcher.keeper import SOCKET as KEEPER
 from memory_node import wire
 
 OPERATIONS = (
-    "ps", "stats", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill", "leave", "trace",
-    "down",
+    "ps", "stats", "metrics", "timing-on", "timing-off", "pause", "resume", "snapshot", "swap", "kill",
+    "leave", "trace", "down",
 )  # fmt: skip
 ANSWER_S = 10.0
 NO_LAUNCHER = "it has no launcher; `launcher up` with its machine file re-attaches"

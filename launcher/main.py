@@ -126,9 +126,17 @@ def _print_nodes(run_dir: Path) -> None:
 
 
 def _stats(options: Any) -> int:
-    from launcher.stats import stats
+    from launcher.stats import StatsOptions, stats
 
-    return stats(_running(options.machine), options.json, options.watch, options.timing)
+    chosen = StatsOptions(
+        as_json=options.json,
+        prometheus=options.prometheus,
+        listen=options.listen,
+        once=options.once,
+        watch_s=options.watch,
+        timing=options.timing,
+    )
+    return stats(_running(options.machine), chosen)
 
 
 def _down(options: Any) -> int:

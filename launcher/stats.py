@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,57 @@ from launcher.rundir import CONTROL
 
 COLUMNS = ("NODE", "PID", "STATE", "CPU", "RSS", "PSS", "MAPPINGS", "FRAMES IN", "OUT", "P50", "P99")
 ACTIVITIES = ("ACTIVITY", "COUNT", "TIME", "SHARE", "EACH")
-CLEAR = "\x1b[H\x1b[2J"
 KIB = 1024
 
 
-def stats(path: Path, as_json: bool, watch_s: float | None, timing: str | None) -> int:
-    """Print once, or every `watch_s` seconds until interrupted; `timing`, "on" or "off", is set first."""
-    if timing is not None:
-        ask(path / CONTROL, f"timing-{timing}", path.name)
-        if watch_s is None:
-            print(f"{path.name}: timing is {timing}")
+@dataclass(frozen=True, slots=True)
+class StatsOptions:
+    """None: not asked for."""
+
+    as_json: bool = False
+    prometheus: bool = False
+    listen: tuple[str, int] | None = None
+    once: bool = False
+    watch_s: float | None = None
+    timing: str | None = None
+
+
+def stats(path: Path, options: StatsOptions) -> int:
+    """Of a running machine; the exit status. `timing`, "on" or "off", is set first."""
+    if options.timing is not None:
+        ask(path / CONTROL, f"timing-{options.timing}", path.name)
+        if options.watch_s is None:
+            print(f"{path.name}: timing is {options.timing}")
             return EXIT_OK
+    if options.listen is not None:
+        from launcher.scrape import serve
+
+        return serve(
+            options.listen,
+            lambda: metrics(path),
+            lambda: (path / CONTROL).exists(),
+            lambda where: print(f"{path.name}: {where}", flush=True),
+        )
+    if sys.stdout.isatty() and not (options.as_json or options.prometheus or options.once):
+        from launcher.stats_live import live
+
+        return live(path.name, lambda: gather(path), options.watch_s)
     while True:
-        rows = gather(path)
-        if watch_s is not None and sys.stdout.isatty():
-            print(CLEAR, end="")
-        plain = {"machine": path.name, "rows": rows}
-        print(json.dumps(plain) if as_json else text(path.name, rows), flush=True)
-        if watch_s is None:
+        if options.prometheus:
+            print(metrics(path), end="", flush=True)
+        else:
+            rows = gather(path)
+            plain = {"machine": path.name, "rows": rows}
+            print(json.dumps(plain) if options.as_json else text(path.name, rows), flush=True)
+        if options.watch_s is None:
             return EXIT_OK
-        time.sleep(watch_s)
+        time.sleep(options.watch_s)
+
+
+def metrics(path: Path) -> str:
+    """Prometheus text."""
+    found: str = ask(path / CONTROL, "metrics", path.name)["text"]
+    return found
 
 
 def gather(path: Path) -> list[dict[str, Any]]:
@@ -136,6 +168,6 @@ def _direct(c: dict[str, Any] | None) -> list[str]:
 
 def _own(counters: dict[str, Any]) -> str:
     """Counters of a device or the memory beyond those of every endpoint."""
-    hidden = ("frames_in", "frames_out", "latency_p50_ns", "latency_p99_ns")
-    shown = {k: v for k, v in counters.items() if k not in hidden and v}
+    hidden = ("frames_in", "frames_out")
+    shown = {k: v for k, v in counters.items() if k not in hidden and not k.startswith("latency_") and v}
     return ", ".join(f"{name} {value}" for name, value in shown.items())

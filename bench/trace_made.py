@@ -16,6 +16,7 @@ from bus.codec import encode
 from bus.frames import ApicMessage, Frame, Line, PostedBatch, Read, ReadReply, Write, WriteReply
 from bus.ranges import MmioRange, PortRange
 from bus.recorder import (
+    ACCEPTED,
     ASK,
     BATCH,
     DISK,
@@ -202,9 +203,11 @@ class Guest:
     def _interrupt(self, irq: int, vector: int, trace: int, source: str) -> None:
         self._line("ioapic", irq, True, trace, source)
         self._long("ioapic", MARK, 0, "irq", irq)
-        self._step("cpu0", "ioapic", ApicMessage(vector, 0, 0, 0, False, True), trace, self._new())
+        span = self._new()
+        self._step("cpu0", "ioapic", ApicMessage(vector, 0, 0, 0, False, True), trace, span)
+        self._io.short(ACCEPTED, vector, span & 0xFFFF_FFFF)
         self._io.short(VECTOR, vector, self._place.at)
-        self.records += 1
+        self.records += 2
 
     def _end(self, vector: int) -> None:
         self._io.short(EOI, vector, self._place.at)

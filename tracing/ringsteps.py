@@ -124,6 +124,7 @@ class CpuSteps:
                 step = self._begin(record)
             elif kind == FRAME:
                 step = frame_step(ring, record)
+                step.end_ns = step.begin_ns  # an answer is taken, and that is all
                 self._answer(step)
             elif kind == ASK:
                 self._asked.append(record)

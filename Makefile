@@ -30,7 +30,6 @@ help:
 	@echo "make bench-tracing  what recording costs: the same machine without, with the flight recorder, to a file"
 	@echo "make bench-trace  time and memory of the exports of a trace of a million records"
 	@echo "make bench-restore  how long a restore takes, until the guest runs and until its shell answers"
-
 	@echo "make torture     1,000 kills and 1,000 swaps under a guest that checks all it does (KILLS=, SWAPS=, SEED=, MINUTES=)"
 	@echo "make soak        a fork storm for MINUTES=60: mappings and memory must stay flat"
 	@echo "make model       every run of the protocol of live swap, up to a bound: states and transitions"

@@ -13,10 +13,10 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bus.endpoint import Endpoint, Received
-from bus.frames import Attend, Event, Frame, Reset, ResetReply, Save, SaveReply, Shutdown, StatsReply
+from bus.frames import Attend, Event, Frame, Shutdown, StatsReply
 from bus.link import console_path
 from devices.rim import NODE as RIM
 from launcher import report
@@ -31,6 +31,7 @@ from launcher.names import CPU
 from launcher.pausing import NotQuiet, Pausing
 from launcher.processes import LAST_WORDS_S, SECOND_NS, Process, Processes
 from launcher.recording import Draining
+from launcher.resetting import Resetting
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
 
@@ -73,6 +74,7 @@ class Supervisor:
         self._processes = Processes(
             launch, forkserver, self._endpoint, self._pausing.node_config, inherited is not None
         )
+        self._resetting = Resetting(self._processes, self._endpoint)
         self._depositing = Depositing(self._processes, self._pausing, forkserver)
         path = launch.run_dir / CONTROL
         self._commands = Commands(
@@ -235,7 +237,8 @@ class Supervisor:
             case Event(kind="poweroff"):
                 raise MachineEnd(EXIT_OK, f"powered off after {self._uptime_s():.1f} s")
             case Event(kind=kind) as event if kind in RESET_KINDS:
-                self._reset(received.peer, event)
+                if not self._resetting.is_done(received.header.clock_ns):
+                    self._reset(received.peer, event)
             case Event(kind="refused", text=text):
                 raise MachineEnd(EXIT_INPUT, f"not restored: {text}")
             case Event(kind="device-error" | "cpu-error", text=text):
@@ -317,33 +320,17 @@ class Supervisor:
     def _reset(self, source: str, event: Event) -> None:
         """The guest has pulled the RESET pin, or shut down with a triple fault."""
         if self._launch.stop_on_reset:
-            state = event.data or self._cpu_state()
+            state = event.data or self._resetting.cpu_state()
             line = f"reset by {source}: {event.text}"
             raise MachineEnd(EXIT_RESET, "\n".join([line, *report.cpu_state_lines(state)]))
         if event.kind == "triple-fault" and (trace := self._processes.save_trace(f"{source}: {event.text}")):
             self._journal.tell(f"{event.kind}{trace}")
         self._journal.event(source, event)
         try:
-            self._request(CPU, Reset())  # with no registers to start from: stay in reset
-            for node in self._processes.devices:
-                self._request(node, Reset())
-            load_images(self._launch.memory, self._launch.images)
-            self._request(CPU, Reset(dict(self._launch.start)))
+            self._resetting.reset()
         except RuntimeError as e:
             self._turn(0)  # if one died, its pidfd says so
             raise MachineEnd(EXIT_DIED, f"the machine could not be reset: {e}") from e
-
-    def _cpu_state(self) -> dict[str, Any]:
-        try:
-            reply = self._endpoint.request(CPU, Save(), ANSWER_NS)
-        except RuntimeError as e:
-            return {"unknown": str(e)}
-        return reply.state["cpu"] if isinstance(reply, SaveReply) else {"unknown": repr(reply)}
-
-    def _request(self, node: str, frame: Reset) -> None:
-        reply: Frame = self._endpoint.request(node, frame, ANSWER_NS)
-        if not isinstance(reply, ResetReply):
-            raise RuntimeError(f"{node} answered Reset with {reply}")
 
     # ---- end -----------------------------------------------------------------------------------
 

@@ -255,6 +255,11 @@ local function hex(v)
   return "0x" .. (digits == "" and "0" or digits)
 end
 
+-- An offset of a register.
+local function place(v)
+  return v < UInt64(10) and tostring(v) or hex(v)
+end
+
 -- Adds one of PostedBatch.writes; its short text, or nil: it is none.
 local function write(tree, buf, node)
   local region, offset, width, value = node[1], node[2], node[3], node[4]
@@ -262,7 +267,7 @@ local function write(tree, buf, node)
       or value.t ~= "uint" then
     return nil
   end
-  local short = region.v .. "+" .. tostring(offset.v) .. " = " .. hex(value.v)
+  local short = region.v .. "+" .. place(offset.v) .. " = " .. hex(value.v)
   local item = tree:add(f.write, buf(node.at, node.len))
   item:set_text("Write: " .. short .. (width.v == UInt64(0) and " (read from a latch)" or ""))
   item:add(by_name.region, buf(region.at, region.len), region.v)
@@ -282,7 +287,8 @@ local function field(tree, buf, node, described)
   elseif type == "uint" or type == "uint?" then
     if node.t ~= "uint" then return nil, name .. " is no unsigned integer" end
     tree:add(proto, range, node.v)
-    return HEX[name] and name ~= "offset" and hex(node.v) or tostring(node.v)
+    if name == "offset" then return place(node.v) end
+    return HEX[name] and hex(node.v) or tostring(node.v)
   elseif type == "writes" then
     if node.t ~= "array" then return nil, name .. " are no array" end
     local item, texts = tree:add(proto, range), {}

@@ -242,11 +242,11 @@ class Writer(TrackEvents):
         busy = self._busy.setdefault(key, [])
         while busy and busy[0] <= step.begin_ns:
             end_ns = busy.pop(0)
-            self._count(step, f"disk {record.name} under way", "", end_ns, len(busy))
+            self._count(step, f"{record.name} I/O under way", "", end_ns, len(busy))
         busy.append(step.end_ns or FOREVER)
         busy.sort()
-        self._count(step, f"disk {record.name} under way", "", step.begin_ns, len(busy))
-        self._slice(step, self._track(step, f"disk {record.name}"), body)
+        self._count(step, f"{record.name} I/O under way", "", step.begin_ns, len(busy))
+        self._slice(step, self._track(step, f"{record.name} I/O"), body)
 
     def _bytes(self, step: Step) -> None:
         """Of a channel."""

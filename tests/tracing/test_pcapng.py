@@ -206,7 +206,7 @@ def test_info_column_and_links(tmp_path: Path) -> None:
         (0, noted(Read("regs", 5, 1), span=6, sent=T + 30_000)),
         (0, noted(Read("regs", 5, 1), span=6, sent=T + 30_000)),  # its first taker died
         (1, noted(ReadReply(0x60), "uart0", span=6, sent=T + 40_000)),
-        (0, noted(PostedBatch((("regs", 0, 1, 0x41), ("regs", 1, 1, 0x42))), span=7)),
+        (0, noted(PostedBatch((("regs", 0, 1, 0x41), ("regs", 0x70, 4, 0x42))), span=7)),
         (0, noted(Line(4, True, "uart0.irq"), "uart0")),
     ]
     path = written(tmp_path / "t.pcapng", records)
@@ -223,7 +223,7 @@ def test_info_column_and_links(tmp_path: Path) -> None:
         "Read uart0 regs+5;;5;",
         "Read uart0 regs+5;;5;",
         "ReadReply = 0x60;4;;12.5",
-        "PostedBatch uart0 regs+0 = 0x41, regs+1 = 0x42;;;",
+        "PostedBatch uart0 regs+0 = 0x41, regs+0x70 = 0x42;;;",
         "Line 4 high, by uart0.irq;;;",
     ]
 

@@ -158,7 +158,7 @@ def test_names_and_arguments(make: Maker, tmp_path: Path) -> None:
     assert first("mark queue")["value"] == "0"
     assert [row["track"] for row in slices if row["name"] == "terminal"] == ["uart0:serial"] * 3
     assert {row["track"] for row in slices} == {
-        "steps", "accesses", "answers", "interrupts", "bus thread", "disk disk", "uart0:serial",
+        "steps", "accesses", "answers", "interrupts", "bus thread", "disk I/O", "uart0:serial",
     }  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_overlapping_disk_io_lies_in_lanes(make: Maker, tmp_path: Path) -> None:
     sql = "select count(distinct track_id) as tracks, count(*) as n from slice where category = 'disk'"
     counter = """
         select max(value) as most from counter join counter_track on counter.track_id = counter_track.id
-        where name = 'disk disk under way'"""
+        where name = 'disk I/O under way'"""
     _, answers = ask(make, tmp_path, sql, counter)
     assert answers == [[{"tracks": 3, "n": 3}], [{"most": 3}]]
 

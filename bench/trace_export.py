@@ -20,8 +20,10 @@ from pathlib import Path
 from bench.trace_made import make
 from tracing import pcapng, perfetto
 from tracing.chains import chains, steps
+from tracing.explain import explain
 from tracing.file import Trace
 from tracing.lines import Lines
+from tracing.report import report
 
 LIMIT_S, LIMIT_MB = 20, 500
 
@@ -58,6 +60,10 @@ def _text(trace: Trace, out: Path) -> int:
     return out.stat().st_size
 
 
+def _explain(trace: Trace, out: Path) -> int:
+    return out.write_text(report(explain(trace), top=10), encoding="utf-8")
+
+
 WORK: dict[str, tuple[Callable[[Trace, Path], int], str]] = {  # what to do, what it returns
     "read": (_read, "records"),
     "join": (_join, "steps"),
@@ -65,6 +71,7 @@ WORK: dict[str, tuple[Callable[[Trace, Path], int], str]] = {  # what to do, wha
     "perfetto": (_perfetto, "bytes"),
     "pcapng": (_pcapng, "bytes"),
     "text": (_text, "bytes"),
+    "explain": (_explain, "bytes of HTML"),
 }
 
 

@@ -237,6 +237,20 @@ def _trace(add: Add) -> None:
     describe(add, _seconds)
 
 
+def _explain(add: Add) -> None:
+    explain = add(
+        "explain",
+        help="say what a trace tells",
+        description="Say what a trace file tells: the slowest chains, the busiest registers, interrupts, who "
+        "waited for whom, what is lacking. See docs/explain.md.",
+    )
+    explain.add_argument("trace", type=Path, metavar="TRACE", help="what `launcher trace --out` wrote")
+    explain.add_argument("--out", "--html", type=Path, metavar="FILE.html", help="write a report instead")
+    explain.add_argument("--top", type=_count, metavar="N", default=10, help="rows of a table (%(default)s)")
+    explain.add_argument("--symbols", type=Path, metavar="FILE", help="System.map, kallsyms or vmlinux")
+    explain.add_argument("--json", action="store_true", help="print one JSON object; times in ns")
+
+
 def _check(add: Add) -> None:
     check = add(
         "check",
@@ -264,6 +278,7 @@ COMMANDS: dict[str, Callable[[Add], None]] = {
     "dev": _dev,
     "kill": _kill,
     "trace": _trace,
+    "explain": _explain,
     "check": _check,
     "version": _version,
 }
@@ -291,6 +306,12 @@ def _address(text: str) -> tuple[str, int]:
         return parse_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 0 < int(value) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number from 1 to 10000")
+    return int(value)
 
 
 def _seconds(value: str) -> float:

@@ -59,6 +59,8 @@ def _command(options: Any, entries: EntryPoints | None, facts: Callable[[], Host
             return _live(options)
         case "trace":
             return _trace(options)
+        case "explain":
+            return _explain(options)
         case _:
             return _version()
 
@@ -185,6 +187,13 @@ def _trace(options: Any) -> int:
     if file.suffix or "/" in options.what:
         return convert(file, chosen)
     return trace(_running(options.what), chosen)
+
+
+def _explain(options: Any) -> int:
+    from launcher.explain import ExplainOptions, explain
+
+    chosen = ExplainOptions(options.trace, options.out, options.top, options.symbols, options.json)
+    return explain(chosen)
 
 
 def _snapshot(options: Any) -> int:

@@ -178,7 +178,8 @@ class Chain:
 def _may_begin(step: Step, rings: frozenset[str]) -> bool:
     if step.kind == "frame":
         control = step.items is not None and step.items[KIND] >= CONTROL
-        return control or step.record.name not in rings
+        nothing = _is(step, INT_ACK) and step.irq < 0  # an INTA that came too late is of no other chain
+        return control or nothing or step.record.name not in rings
     return step.kind in _BEGINS or (step.kind == "vector" and step.way == "apic" and step.irq < 0)
 
 

@@ -14,7 +14,7 @@ from bus import recorder
 from bus.frames import KIND_OF, IntAck, IntAckReply
 from bus.recorder import ACCESS, ASK, BATCH, BLOCK_BEGINS, DMA, FRAME, LONG, MARK, POSTED, VECTOR
 from tracing.records import Record
-from tracing.steps import CLOCK, KIND, SPAN, TRACE, RingOf, Step, lenient
+from tracing.steps import CLOCK, HEADER_ITEMS, KIND, SPAN, TRACE, RingOf, Step, lenient
 
 GROUP_MAX = 1000  # records of one step that wait for each other
 HELD_MAX = 4096  # steps that wait for a posted access before them to leave
@@ -230,7 +230,8 @@ class CpuSteps:
             return
         items = frame.items
         if items is not None and items[KIND] == INT_ACK_REPLY:
-            self._acknowledged = frame.chain
+            if items[HEADER_ITEMS:] != [None]:  # else INT was withdrawn meanwhile
+                self._acknowledged = frame.chain
         elif self._access is not None:
             self._link(self._access, record)
             self._access.end_ns = frame.begin_ns

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.frames import PostedBatch, Read, StringIn, StringInReply
+from bus.frames import IntAck, IntAckReply, PostedBatch, Read, StringIn, StringInReply
 from bus.recorder import LONG, MARK, MMIO, POSTED, RESUMED, WRITE
 from tests.tracing.maker import COM1, DISK_BASE, PIC_BASE, Maker, batch_of
 from tracing.chains import Chain, Filter, Step, steps
@@ -333,6 +333,19 @@ def test_an_8259_that_raises_int_for_one_line_and_is_asked_for_another(make: Mak
         assert [s.record.flags for s in found[trace].steps if s.kind == "vector"] == [vector]
         assert found[trace].complete, found[trace].why_not
     assert found[eoi].complete, found[eoi].why_not
+
+
+def test_an_inta_that_comes_too_late_finds_nothing(make: Maker) -> None:
+    asked = make.ask("pic")
+    make.frame("pic", "cpu0.io", IntAck(), asked, asked)
+    make.frame("cpu0.io", "pic", IntAckReply(None), asked, asked, done=False)
+    trace = make.posted(1)
+    make.interrupt(4, 0x34, trace)
+    found = make.chains()
+    assert of(found[asked]) == ["pic frame", "cpu0 frame"]
+    assert found[asked].complete, found[asked].why_not
+    assert [step.way for step in found[trace].steps if step.kind == "vector"] == ["apic"]
+    assert found[trace].complete, found[trace].why_not
 
 
 def test_int_that_goes_low_again_needs_no_acknowledgement(make: Maker) -> None:

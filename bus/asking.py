@@ -141,10 +141,13 @@ class Target:
 
     def noter(self, latch: LatchState) -> Callable[[int], None]:
         """A function that posts what the CPU has read from the mirror, which clears the latch."""
+        asking = self._asking
         region, offset = latch.where
         post = self.poster(region, offset, 0, False)
 
         def note(value: int) -> None:
+            if asking.recorder is not None:
+                asking.recorder.told()
             post(value)
             latch.is_set, latch.known_at = False, self.posted
 

@@ -66,7 +66,8 @@ def attached(fds: Mapping[str, int], title: str, name: str = "trace") -> Recorde
 class Recorder:
     """The writing side. One thread; a successor's begins when that of the process before it has ended."""
 
-    __slots__ = ("_at", "_base", "_bytes", "_count", "_cr3", "_end", "_halves", "_size", "_words", "on")
+    __slots__ = ("_at", "_base", "_bytes", "_count", "_cr3", "_end", "_halves", "_last", "_size", "_words",
+                 "on")  # fmt: skip
 
     def __init__(self, fd: int, title: str) -> None:
         """`fd`: of make(), stays the caller's. `title`: of the process. Raises BadRing."""
@@ -84,6 +85,7 @@ class Recorder:
         self._base = tail - self._at  # added to an offset in the file it gives the position
         self._end = self._at - (self._at - PAGE) % BLOCK + BLOCK  # of the block
         self._cr3 = -1
+        self._last = 0  # where the last ACCESS is, in the file
         self._count = words[H_COUNT]
         self.on = bool(words[H_ON])
         begin = self._end - BLOCK
@@ -129,10 +131,16 @@ class Recorder:
             _SHORT(self._bytes, at, 2, SPACE, 0, self._cr3, now_ns())
             at += 16
         _ACCESS(self._bytes, at, 3, ACCESS, flags, instruction.at, address, value, now_ns())
+        self._last = at
         self._at = end = at + 24
         self._count += 1
         self._words[H_TAIL] = self._base + end
         return at + 12 >> 2
+
+    def told(self) -> None:
+        """The last access was answered by the mirror, and its device is told of it with the next batch."""
+        if self._last:
+            self._bytes[self._last + 3] |= TOLD
 
     def value(self, place: int, value: int) -> None:
         """What was read."""
@@ -225,7 +233,8 @@ RESUMED = 19  # a step: a process goes on where the one before it ended. number:
 #               last step that it had committed, 0
 ACCEPTED = 20  # the local APIC has taken a message. flags: vector; number: low half of the frame's span; time
 # Flags of ACCESS: width (bits 0-2), WRITE, MMIO, POSTED, LONG (a string: `value` is the number of elements).
-WRITE, MMIO, POSTED, LONG = 8, 16, 32, 64
+# TOLD: a read of a latched register, of which the next batch tells the device (bus/asking.py, noter).
+WRITE, MMIO, POSTED, LONG, TOLD = 8, 16, 32, 64, 128
 _SHORT = struct.Struct("<HBBIQ").pack_into
 _FRAME = struct.Struct("<HBBIQQ").pack_into
 _ACCESS = struct.Struct("<HBBIIIQ").pack_into

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from operator import attrgetter
 
 from bus import recorder
 from bus.frames import KIND_OF, IntAck, IntAckReply
-from bus.recorder import ACCESS, ASK, BATCH, BLOCK_BEGINS, DMA, FRAME, LONG, MARK, POSTED, VECTOR
+from bus.recorder import ACCESS, ASK, BATCH, BLOCK_BEGINS, DMA, FRAME, LONG, MARK, POSTED, TOLD, VECTOR
 from tracing.records import Record
 from tracing.steps import CLOCK, HEADER_ITEMS, KIND, SPAN, TRACE, RingOf, Step, lenient
 
@@ -23,7 +22,6 @@ INT_ACK, INT_ACK_REPLY = KIND_OF[IntAck], KIND_OF[IntAckReply]
 RESUMED = "resumed"  # Step.way of a process that brings to an end what the one before it had committed
 WAITING, UNSENT = "waiting", "unsent"  # Step.way
 IRQ = "irq"  # the mark of interrupt controllers, with the number of the line
-_BEGIN = attrgetter("begin_ns")
 _STEPS = {recorder.TIMER: "timer", recorder.INPUT: "input", recorder.DISK_DONE: "disk-done"}
 _INSTANTS = {recorder.RIM_OUT: "terminal", recorder.RIM_IN: "typed"}
 
@@ -105,8 +103,6 @@ class CpuSteps:
         self._ring = ring
         self._held: deque[Step] = deque()
         self._posted: dict[str, deque[Step]] = {}  # by node: accesses whose batch hasn't left; twice if split
-        self._seen: dict[str, deque[Step]] = {}  # by node: reads whose mirrored answer it may be told of
-        self._highs: set[tuple[int, int]] = set()  # (address, value) of such reads that were told
         self._access: Step | None = None  # the last one
         self._asked: list[Record] = []  # requests without an answer yet, of the last access
         self._acknowledged = 0  # trace of the answer to the IntAck before
@@ -181,6 +177,9 @@ class CpuSteps:
             step.way = WAITING
             for node in place.posts:
                 self._posted.setdefault(node, deque()).append(step)
+        elif record.flags & TOLD:
+            step.way = WAITING
+            self._posted.setdefault(place.notes, deque()).append(step)
         elif record.flags & POSTED and not ring.naming.has_map:
             step.way = WAITING
             self._posted.setdefault("", deque()).append(step)
@@ -209,8 +208,6 @@ class CpuSteps:
             step.way = "split"
         elif place.mirrored:
             step.way = "mirrored"
-            if place.notes:
-                self._seen.setdefault(place.notes, deque(maxlen=256)).append(step)
         else:
             step.way = UNSENT
 
@@ -240,31 +237,15 @@ class CpuSteps:
         """A batch has taken posted accesses along: all that waited for the device."""
         posted = self._posted.get(batch.name) or self._posted.get("") or deque()
         left = [posted.popleft() for _ in range(min(batch.number, len(posted)))]
-        seen = self._seen.get(batch.name)
-        if seen:
-            if batch.number > len(left):
-                left += self._told(seen, batch.number - len(left))
-                left.sort(key=_BEGIN)
-            seen.clear()
         for span, step in enumerate(left, batch.one):
             if step.way == WAITING:
-                step.way = "posted"
+                step.way = "mirrored" if step.record.flags & TOLD else "posted"
             elif step.way == UNSENT or step.chain == batch.one:  # given up, or the other half of it
                 continue
             if step.chain:
                 step.also = (*step.also, batch.one)
             else:
                 step.chain, step.span = batch.one, span
-
-    def _told(self, seen: deque[Step], count: int) -> list[Step]:
-        """Which of the reads of a latched register the device is told of: those of the value that it has
-        while the latch is set."""
-        if count >= len(seen):
-            told = list(seen)
-            self._highs.update((step.record.one, step.record.two) for step in told[:64])
-            return told
-        known = [step for step in seen if (step.record.one, step.record.two) in self._highs]
-        return known[:count] if len(known) >= count else list(seen)[:count]
 
     def _forget(self) -> None:
         """What waits will not be told any more."""
@@ -274,6 +255,5 @@ class CpuSteps:
             if step.way == WAITING:
                 step.way = UNSENT
         self._posted.clear()
-        self._seen.clear()
         self._asked.clear()
         self._acknowledged = 0

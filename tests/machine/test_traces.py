@@ -80,9 +80,23 @@ def test_a_boot_in_complete_chains_and_the_counts_agree(tmp_path: Path, runtime:
         screen.finish(0)
     found, judged = joined(file)
     judge(judged)
+    batches(judged)
     causes(judged)
     as_the_guest_counts(found, guest)
     as_the_devices_count(file, {entry["node"]: entry.get("counters") for entry in stats["rows"]})
+
+
+def batches(judged: list[Chain]) -> None:
+    """What a device took in a batch is what the guest wrote, or read from the mirror, in that chain."""
+    taken = 0
+    for chain in judged:
+        for step in chain.steps:
+            writes = getattr(step.frame, "writes", ())
+            if writes:
+                accesses = [s for s in chain.steps if s.kind == "access" and s.way != "synchronous"]
+                assert [s.record.two for s in accesses] == [value for *_, value in writes], chain.steps
+                taken += len(writes)
+    assert taken > 5_000
 
 
 def causes(judged: list[Chain]) -> None:

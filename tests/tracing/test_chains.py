@@ -117,7 +117,9 @@ def test_a_read_without_a_mirror_that_led_to_nothing_is_not_complete(make: Maker
 
 def test_what_a_read_cleared_is_told_to_the_device(make: Maker) -> None:
     make.posted(1)
+    make.access(1, COM1 + 2, 0xC1)
     make.access(1, COM1 + 2, 0xC2)  # it was set: an entry of width 0 says so to the UART
+    make.rings["cpu0.io"].told()
     make.access(1, COM1 + 2, 0xC1)
     trace = make.batch("uart0", 1)
     make.frame("uart0", "cpu0.io", PostedBatch((("regs", 2, 0, 0xC2),)), trace, trace)

@@ -145,8 +145,8 @@ def mostly(slow: Slow) -> str:
     """Where the time went."""
     if not slow.took_ns:
         return "an instant"
-    named = [f"{100 * ns / slow.took_ns:.0f} % {where}" for where, ns in slow.shares[:SHARES]]
-    return ", ".join(named)
+    shown = [(100 * ns / slow.took_ns, where) for where, ns in slow.shares[:SHARES]]
+    return ", ".join(f"{percent:.0f} % {where}" for percent, where in shown if percent >= 0.5)
 
 
 def _times(leg: Leg) -> tuple[str, str]:

@@ -150,8 +150,11 @@ def _label(leg: Leg, y: float, begin: float, taken: float, end: float, following
         short = text[: int(room / CHAR) - 1] + "…"
         return [f'<text class="leg" x="{end + 4:.1f}" {taken_text}{_t(short)}</text>']
     if taken - begin > (len(text) + 4) * CHAR:  # on the bar of its wait
-        middle = (begin + taken) / 2
-        return [f'<text class="leg halo" text-anchor="middle" x="{middle:.1f}" {taken_text}{_t(text)}</text>']
+        middle, wide = (begin + taken) / 2, len(text) * CHAR + 10
+        return [
+            f'<rect class="patch" x="{middle - wide / 2:.1f}" y="{y + 2}" width="{wide:.1f}" height="13"/>',
+            f'<text class="leg" text-anchor="middle" x="{middle:.1f}" {taken_text}{_t(text)}</text>',
+        ]
     return []
 
 

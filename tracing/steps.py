@@ -38,6 +38,17 @@ DMA_NAMED = 16  # pieces, in a step's arguments
 DISK_KINDS = ("read", "write", "flush", "?")
 
 
+_TYPES: dict[str, tuple[type, ...]] = {  # by a field's annotation, as msgpack has them; as in bus/codec.py
+    "int": (int,), "int | None": (int, type(None)), "bool": (bool,), "str": (str,), "bytes": (bytes,),
+    "dict[str, Any]": (dict,), "tuple[PostedWrite, ...]": (list,),
+}  # fmt: skip
+_WRITE_TYPES = (str, int, int, int)
+_FIELDS = {
+    kind: (cls, tuple(_TYPES[cls.__annotations__[name]] for name in cls.__struct_fields__))
+    for kind, (cls, _) in TABLE.items()
+}
+
+
 class NamesSymbols(Protocol):
     """tracing/symbols.py."""
 
@@ -176,15 +187,19 @@ class Step:
         items = self.items
         if items is None or (len(items) <= HEADER_ITEMS and self.record.number > DATA_MAX):
             return None
-        try:
-            cls = TABLE[items[KIND]][0]
-            values = [
-                tuple(map(tuple, v)) if isinstance(v, list) and cls in (PostedBatch, Read) else v
-                for v in items[HEADER_ITEMS:]
-            ]
-            return cls(*values)
-        except (KeyError, TypeError):
+        checked = _FIELDS.get(items[KIND])
+        values = items[HEADER_ITEMS:]
+        if checked is None or len(values) != len(checked[1]):
             return None
+        cls, types = checked
+        for place, (value, allowed) in enumerate(zip(values, types, strict=True)):
+            if type(value) not in allowed:
+                return None
+            if type(value) is list:
+                if any(type(w) is not list or tuple(map(type, w)) != _WRITE_TYPES for w in value):
+                    return None
+                values[place] = tuple(map(tuple, value))
+        return cls(*values)
 
     @property
     def name(self) -> str:

@@ -6,9 +6,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 
-from bus.frames import IntAck, IntAckReply, PostedBatch, Read, StringIn, StringInReply
+from bus.frames import (
+    PROTOCOL_VERSION,
+    TABLE,
+    IntAck,
+    IntAckReply,
+    PostedBatch,
+    Read,
+    StringIn,
+    StringInReply,
+)
 from bus.recorder import LONG, MARK, MMIO, POSTED, RESUMED, WRITE
 from tests.tracing.maker import COM1, DISK_BASE, PIC_BASE, Maker, batch_of
 from tracing.chains import Chain, Filter, Step, steps
@@ -534,6 +544,21 @@ def test_frames_that_cannot_be_read_harm_nothing(make: Maker) -> None:
         assert isinstance(step.args(), dict)
         assert step.frame is None
     assert not any(chain.complete for chain in make.chains().values())
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "x", [1], [["a", 1]], {"a": 1}, {}, -1])
+def test_frames_whose_fields_are_of_other_types_harm_nothing(make: Maker, value: object) -> None:
+    for kind, (cls, _) in TABLE.items():
+        values = [value] * len(cls.__struct_fields__)
+        for node in ("uart0", "cpu0", "cpu0.io", "ioapic", "pic"):
+            data = msgpack.packb([PROTOCOL_VERSION, kind, 1, 0, 5, 5, 5, *values])
+            make.rings[node].frame(b"peer", data, make.tick())
+    found = make.steps()
+    assert len(found) > 5 * len(TABLE)
+    for step in found:
+        assert isinstance(step.name, str)
+        assert isinstance(step.args(), dict)
+    assert make.chains()
 
 
 def test_a_filter_keeps_whole_chains(make: Maker) -> None:

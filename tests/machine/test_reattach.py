@@ -18,6 +18,7 @@ from tests.machine.processes import left_behind, titles
 pytestmark = pytest.mark.machine
 
 NAME = "orders"
+SOME_LINE = re.compile(rb"line [0-9a-f]{8}\r\n")
 NOBODY = "it has no launcher; `launcher up` with its machine file re-attaches\n"
 
 
@@ -196,10 +197,12 @@ def test_a_restored_machine_may_outlive_its_launcher(machine: Path, tmp_path: Pa
         origin.wait_gone()
     with contextlib.ExitStack() as screens:
         first = screens.enter_context(Screen("restore", "--outlive", file, runtime=runtime))
+        first.wait_for(SOME_LINE)
         more_lines(first)
         killed(first)
         assert NOBODY in command("ps", runtime=runtime)
         second = screens.enter_context(Screen("up", machine, runtime=runtime))
+        second.wait_for(SOME_LINE)
         more_lines(second)
         assert lines(second)[0] <= lines(first)[-1] + 1
         second.type("r")  # what a reset loads was in the snapshot

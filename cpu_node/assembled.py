@@ -24,6 +24,7 @@ import msgpack
 
 from bus.checksum import blake2b
 from cpu_node.folders import Refused, check_owner, open_folder
+from cpu_node.literals import hexadecimal
 
 if TYPE_CHECKING:
     from keystone import Ks
@@ -44,7 +45,7 @@ def assemble(text: str, ha: int) -> bytes:
     key = _key(text, ha)
     code = _known.get(key)
     if code is None:
-        made, _ = _assembler().asm(text, ha)
+        made, _ = _assembler().asm(hexadecimal(text), ha)
         code = _known[key] = bytes(made)
         _unsaved.append(key)
     return code

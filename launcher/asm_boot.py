@@ -13,6 +13,7 @@ from pathlib import Path
 
 import keystone
 
+from cpu_node.literals import hexadecimal
 from launcher.boot_plan import BDA_PA, BOOT_GDT, GDT_PA, BootPlan, bios_data_area, memory_map, start_state
 from launcher.config import AsmBoot, MachineConfig
 from launcher.errors import ConfigError
@@ -68,5 +69,5 @@ def assemble(source: str, file: Path, origin: int = PROGRAM_PA) -> bytes:
 
 def _assemble(lines: list[str], origin: int) -> bytes:
     assembler = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_32)
-    program, _count = assembler.asm("\n".join(lines) + "\n", origin, True)
+    program, _count = assembler.asm(hexadecimal("\n".join(lines) + "\n"), origin, True)
     return program or b""

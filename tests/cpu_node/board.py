@@ -32,6 +32,7 @@ from cpu_node.descriptor import (
 from cpu_node.engine import Engine
 from cpu_node.errors import GuestFault
 from cpu_node.lapic import LocalApic
+from cpu_node.literals import hexadecimal
 
 RAM = 16 << 20
 GDT, IDT, TSS = 0x1000, 0x2000, 0x3000
@@ -66,7 +67,7 @@ def _keystone(bits: int) -> Ks:
 @functools.cache
 def asm(text: str, va: int = CODE, bits: int = 32) -> bytes:
     """Guest machine code at `va`."""
-    code, _ = _keystone(bits).asm(text, va)
+    code, _ = _keystone(bits).asm(hexadecimal(text), va)
     assert code is not None, f"no code from {text!r}"
     return bytes(code)
 

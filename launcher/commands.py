@@ -21,6 +21,7 @@ from launcher.launch import MachineEnd
 from launcher.names import CPU, MEMORY
 from launcher.pausing import Ask, NotQuiet, Pausing
 from launcher.processes import Processes
+from launcher.spans import Span
 from launcher.swapping import SwapRefused
 from launcher.swaps import Swaps
 
@@ -62,6 +63,7 @@ class Commands:
         self._leave = leave
         self._ps_requests: list[_PsRequest] = []
         self._swaps = Swaps(processes)
+        self._snapshot_begun_ns = 0
         self._snapshots: Snapshots | None = None  # made when the first is asked for
 
     def descriptors(self) -> list[int]:
@@ -176,14 +178,21 @@ class Commands:
 
             processes = self._processes
             self._snapshots = Snapshots(
-                lambda: processes.launch, self._pausing, self._ask, self._control.answer
+                lambda: processes.launch, self._pausing, self._ask, self._answer_snapshot
             )
         if self._snapshots.busy:
             self._control.answer(client, {"error": "a snapshot is being written already"})
         elif self._swaps.busy:
             self._control.answer(client, {"error": "a swap is under way"})
         else:
+            self._snapshot_begun_ns = time.monotonic_ns()
             self._snapshots.begin(client, request, self._processes.devices)
+
+    def _answer_snapshot(self, client: int, reply: dict[str, Any]) -> None:
+        self._control.answer(client, reply)
+        attributes = {name: value for name, value in reply.items() if name in ("size", "stood_ns")}
+        now_ns, error = time.monotonic_ns(), str(reply.get("error", ""))
+        self._processes.spans.emit(Span("snapshot", self._snapshot_begun_ns, now_ns, attributes, error))
 
     def _answer_ps(self) -> None:
         for request in list(self._ps_requests):

@@ -39,6 +39,7 @@ class MachineTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     on_reset: Literal["restart", "stop"] = "restart"
     trace: bool = True  # the flight recorder is on from the start; `launcher trace` switches it
     trace_memory: Size = Size(TRACE_MEMORY)  # that its rings have together
+    otlp: str = ""  # the URL of a collector; see docs/stats.md
     checkpoints: bool = True  # else the end of a device's process is the machine's
     on_launcher_death: Literal["end", "run"] = "end"  # see docs/live-swap.md
     set_aside_after: int = 3  # processes of a device that ended in one frame; see docs/live-swap.md

@@ -43,5 +43,6 @@ class Launch(msgspec.Struct, frozen=True):
     restored: Restored | None = None
     outlive: bool = False  # it goes on when its launcher ends without a word
     trace: bool = True  # the flight recorder is on from the start
+    otlp: str = ""  # where spans go, launcher/spans.py
     trace_memory: int = TRACE_MEMORY  # bytes of all its rings
     lock_fd: int = -1  # of the run directory

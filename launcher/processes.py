@@ -39,6 +39,7 @@ from launcher.names import CPU
 from launcher.recording import CrashTraces, rings, with_traces
 from launcher.restarts import Restarts
 from launcher.rings import Row, changed, with_rings
+from launcher.spans import Span, Spans
 from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
 from memory_node import wire
 
@@ -58,6 +59,7 @@ class Process(msgspec.Struct):
     log: Path
     ready: bool = False  # has been, and was not started anew since
     was_ready: bool = False
+    ended_ns: int = 0  # when its last process was found to have ended
     killed: bool = False  # by `launcher kill`: no crash
     swaps: int = 0
     restarts: Restarts = msgspec.field(default_factory=Restarts)
@@ -98,6 +100,7 @@ class Processes:
         self.launch = replace(launch, memory=memory, others=(*devices, cpu), rim=rim)
         self._opened += rings(self.launch).values()
         self._crashes = CrashTraces(launch.run_dir)
+        self.spans = Spans(launch.machine, launch.otlp)
         self.kept = Kept()  # for the rim: its sockets
         self.by_node: dict[str, Process] = {}
         self._forkserver, self._endpoint, self._clock = forkserver, endpoint, clock
@@ -185,6 +188,7 @@ class Processes:
         for fd in (*self._journals.values(), *self._listening.values(), *self._opened):
             os.close(fd)
         self._crashes.finish()
+        self.spans.close()
         for pidfd in self.pidfds():
             report.wait_for_end(pidfd)
             os.close(pidfd)
@@ -214,6 +218,7 @@ class Processes:
         process = self.by_node[node]
         ended = replace(process)
         self.hear(node)
+        process.ended_ns = time.monotonic_ns()
         if node in self._journals:
             process.replaces.append(process.child.pid)
         wait_s = process.restarts.ended(time.monotonic())
@@ -250,8 +255,19 @@ class Processes:
             if received is None:  # it has ended, and its pidfd says so
                 return
             if received[0]["op"] == "connected":
+                self._tell_crashes(node, process, received[0]["ns"])
                 process.replaced.extend((pid, received[0]["ns"]) for pid in process.replaces)
                 process.replaces.clear()
+
+    def _tell_crashes(self, node: str, process: Process, connected_ns: int) -> None:
+        """The CPU is connected to one that went on for others, which ended or were swapped."""
+        for pid in process.replaces if process.ended_ns else ():
+            attributes: dict[str, str | int | bool] = {
+                "device": node, "pid.old": pid, "pid.new": process.child.pid,
+                "pause_ns": connected_ns - process.ended_ns,
+            }  # fmt: skip
+            self.spans.emit(Span("crash", process.ended_ns, connected_ns, attributes, f"{node} has ended"))
+        process.ended_ns = 0
 
     def next_due_ns(self) -> int | None:
         """When `restart_due` has something to do, on CLOCK_MONOTONIC."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from bus.link import console_path
 from devices.registry import make_settings
+from launcher import spans
 from launcher.affinity import CoreLoad, check_host_cpu, dialogue_cores
 from launcher.checks import HostFacts, check_host, check_memory
 from launcher.config import LinuxBoot, MachineConfig, read_config
@@ -56,6 +58,7 @@ def run_machine(
         raise config.error("device", "--until needs a console, and no device has one", remedy)
     if options.trace is not None:
         check_writable(options.trace)
+    otlp, no_spans = _endpoint(config)
     signals = Signals()
     run_dir = RunDir.create(config.machine.name, plan.longest_file_name())
     with contextlib.ExitStack() as cleanup:
@@ -77,12 +80,15 @@ def run_machine(
             facts=_facts(plan),
             outlive=options.outlive or config.machine.on_launcher_death == "run",
             trace=config.machine.trace,
+            otlp=otlp,
             trace_memory=int(config.machine.trace_memory),
             lock_fd=run_dir.lock_fd,
         )
         journal = Journal(config.machine.name, options.log_level)
         if first := first_translation(config):
             journal.tell(first)
+        if no_spans:
+            journal.tell(no_spans)
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
         if options.trace is not None:
             cleanup.callback(supervisor.draining(options.trace).finish)
@@ -92,6 +98,17 @@ def run_machine(
             run_dir.leave()
         journal.tell_end(end.line)
         return end.status
+
+
+def _endpoint(config: MachineConfig) -> tuple[str, str]:
+    """Where spans go, and a line where the environment asks for some and there can't be any. ConfigError."""
+    try:
+        return spans.endpoint(config.machine.otlp, os.environ), ""
+    except spans.BadEndpoint as error:
+        if config.machine.otlp:
+            remedy = 'write one like "http://localhost:4318", or leave it out'
+            raise config.error("machine.otlp", str(error), remedy) from error
+        return "", f"no spans are sent: {error}"
 
 
 def first_translation(config: MachineConfig) -> str | None:

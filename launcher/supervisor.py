@@ -34,6 +34,7 @@ from launcher.recording import Draining
 from launcher.resetting import Resetting
 from launcher.rundir import CONTROL
 from launcher.signals import Signals
+from launcher.spans import in_phases
 
 if TYPE_CHECKING:
     from launcher.pump import Pump
@@ -67,6 +68,7 @@ class Supervisor:
         self._signals, self._journal = signals, journal
         self._deadline_ns: int | None = None
         self._started_ns = time.monotonic_ns()
+        self._phases_ns: dict[str, int] = {}  # of the start: when each had ended
         self._console_asked = self._console_open = self._left = False
         self._inherited = inherited
         self._endpoint = Endpoint(launch.run_dir, LAUNCHER, afresh=True)
@@ -102,6 +104,8 @@ class Supervisor:
                     on_ready()
                 raise
             on_ready()
+            name = "up" if self._launch.restored is None else "restore"
+            self._processes.spans.emit(in_phases(name, self._started_ns, self._phases_ns))
             if not gc.isenabled():  # launcher/start.py
                 gc.freeze()
                 gc.enable()
@@ -132,14 +136,17 @@ class Supervisor:
         restored, rim = self._launch.restored, self._launch.rim
         if restored is None:
             load_images(self._launch.memory, self._launch.images)
+        self._phases_ns["images are loaded"] = time.monotonic_ns()
         *devices, cpu = self._launch.others  # the CPU node has most to do before it is ready
         self._processes.fork([self._launch.memory, cpu, *([] if rim is None else [rim]), *devices])
         self._processes.show_last(cpu.node)
+        self._phases_ns["processes are forked"] = time.monotonic_ns()
         self._wait_for(
             lambda: all(p.ready for p in self._processes.by_node.values()),
             START_S,
             lambda: "not ready: " + ", ".join(n for n, p in self._processes.by_node.items() if not p.ready),
         )
+        self._phases_ns["processes get ready"] = time.monotonic_ns()
         if restored is not None:
             restored.await_memory()
             if not restored.stay_paused:

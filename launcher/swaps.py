@@ -15,6 +15,7 @@ import msgspec
 from launcher.errors import EXIT_DIED
 from launcher.forkserver import ChildSpec
 from launcher.processes import SECOND_NS, Processes
+from launcher.spans import Span
 from launcher.swapping import CONNECTED_S, Standby, Swapped, SwapRefused
 
 Answer = Callable[[dict[str, Any]], None]
@@ -28,6 +29,7 @@ class _Swap(msgspec.Struct):
     old_pid: int
     answer: Answer
     done: Swapped | None = None
+    begun_ns: int = 0
     deadline_ns: int = 0  # for the CPU, on CLOCK_MONOTONIC
 
 
@@ -60,7 +62,7 @@ class Swaps:
             raise SwapRefused(f"{node}: another swap of it is under way", EXIT_DIED)
         standby, new = self._processes.stand_by(node, with_type, settings, folder)
         old = self._processes.by_node[node].child
-        self._swaps[node] = _Swap(standby, new, old.pid, answer)
+        self._swaps[node] = _Swap(standby, new, old.pid, answer, begun_ns=time.monotonic_ns())
 
     def turn(self) -> None:
         """Go on where it is possible, and answer."""
@@ -73,8 +75,11 @@ class Swaps:
                 if swap.done is not None and (reply := self._reply(node, swap, swap.done)) is not None:
                     del self._swaps[node]
                     swap.answer(reply)
+                    self._tell(node, swap, swap.done, reply)
             except SwapRefused as e:
                 del self._swaps[node]
+                span = Span("swap", swap.begun_ns, time.monotonic_ns(), {"device": node}, str(e))
+                self._processes.spans.emit(span)
                 swap.answer({"error": str(e), "status": e.exit_status})
 
     def close(self) -> None:
@@ -83,6 +88,20 @@ class Swaps:
             if swap.done is None:
                 swap.standby.close()
         self._swaps.clear()
+
+    def _tell(self, node: str, swap: _Swap, done: Swapped, reply: dict[str, Any]) -> None:
+        """As a span, with the parts of the pause in it."""
+        attributes: dict[str, str | int | bool] = {
+            "device": node, "pid.old": reply["old"], "pid.new": reply["new"], "type": str(reply["type"]),
+        }  # fmt: skip
+        if reply["pause_ns"] is not None:
+            attributes["pause_ns"] = reply["pause_ns"]
+        children = [Span("the new one gets ready", swap.begun_ns, done.retired_ns)]
+        at_ns = done.retired_ns
+        for name, ns in reply["parts_ns"].items():
+            children.append(Span(name, at_ns, at_ns + ns))
+            at_ns += ns
+        self._processes.spans.emit(Span("swap", swap.begun_ns, at_ns, attributes, "", children))
 
     def _reply(self, node: str, swap: _Swap, done: Swapped) -> dict[str, Any] | None:
         """What was done; None while the CPU is awaited."""

@@ -110,9 +110,11 @@ def _run_machine(
     from launcher.rundir import RunDir
     from launcher.signals import Signals
     from launcher.snapshot import SnapshotImages
+    from launcher.spans import from_environment
     from launcher.supervisor import Supervisor
 
     index = snapshot.index
+    otlp, no_spans = from_environment(os.environ)
     name = options.name if options.name is not None else index.origin.name
     _check_name(name)
     if options.until is not None and index.console is None:
@@ -142,9 +144,12 @@ def _run_machine(
                                index.host_cpu, tuple(disks)),
             restored=restored,
             outlive=options.outlive,
+            otlp=otlp,
             lock_fd=run_dir.lock_fd,
         )
         journal = Journal(name, options.log_level)
+        if no_spans:
+            journal.tell(no_spans)
         supervisor = Supervisor(launch, forkserver, pump, signals, journal)
         log = run_dir.path.with_name(f"{name}.log")
         end = supervisor.live(options.timeout_s, lambda: ready(log) if ready is not None else None)

@@ -102,13 +102,15 @@ def run_machine(
 
 def _endpoint(config: MachineConfig) -> tuple[str, str]:
     """Where spans go, and a line where the environment asks for some and there can't be any. ConfigError."""
+    setting = config.machine.otlp
+    if not setting:
+        return spans.from_environment(os.environ)
     try:
-        return spans.endpoint(config.machine.otlp, os.environ), ""
+        return spans.endpoint(setting, os.environ), ""
     except spans.BadEndpoint as error:
-        if config.machine.otlp:
-            remedy = 'write one like "http://localhost:4318", or leave it out'
-            raise config.error("machine.otlp", str(error), remedy) from error
-        return "", f"no spans are sent: {error}"
+        missing = str(error) == spans.MISSING
+        remedy = "or leave it out" if missing else 'write one like "http://localhost:4318", or leave it out'
+        raise config.error("machine.otlp", str(error), remedy) from error
 
 
 def first_translation(config: MachineConfig) -> str | None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")  # of the SDK
 FROM_ENVIRONMENT = "environment"
+NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 CLOSE_S = 3.0  # for what was handed over to reach the collector
+LONGEST_ERROR = 500  # characters; a span must fit into PIPE_BUF
 MISSING = "the OpenTelemetry SDK is not installed; install backplane's extra `otlp`"
 
 
@@ -55,15 +57,38 @@ def endpoint(setting: str, environment: Mapping[str, str]) -> str:
 
     `setting`: of the machine file, "": none.
     """
-    if setting:
-        url = urlsplit(setting)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise BadEndpoint(f"{setting!r} is no URL of a collector")
+    if setting and not _is_url(setting):
+        raise BadEndpoint(f"{setting!r} is no URL of a collector")
     if not setting and not any(environment.get(name) for name in VARIABLES):
         return ""
-    if find_spec("opentelemetry") is None or find_spec("opentelemetry.sdk") is None:
+    if not all(map(_installed, NEEDED)):
         raise BadEndpoint(MISSING)
     return setting or FROM_ENVIRONMENT
+
+
+def from_environment(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Where spans go, and a line for the user if the environment asks for some and there can't be any."""
+    try:
+        return endpoint("", environment), ""
+    except BadEndpoint as error:
+        return "", f"no spans are sent: {error}"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        port = url.port  # ValueError where it is none
+    except ValueError:
+        return False
+    plain = text.isascii() and text.isprintable() and " " not in text
+    return plain and url.scheme in ("http", "https") and bool(url.hostname) and port != 0
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def in_phases(name: str, begin_ns: int, ends_ns: Mapping[str, int]) -> Span:
@@ -88,7 +113,11 @@ class Spans:
         if not self._endpoint:
             return
         pipe = self._pipe()
+        span = msgspec.structs.replace(span, error=span.error[:LONGEST_ERROR])
         data = msgspec.msgpack.encode(Handed(self._machine, time.time_ns() - time.monotonic_ns(), span))
+        if len(data) + 4 > select.PIPE_BUF:
+            self.dropped += 1
+            return
         try:
             os.write(pipe, len(data).to_bytes(4, "little") + data)  # below PIPE_BUF it is all or nothing
         except (BlockingIOError, BrokenPipeError):
@@ -113,6 +142,7 @@ class Spans:
             environment: dict[str, Any] = dict(os.environ)
             if self._endpoint != FROM_ENVIRONMENT:
                 environment[VARIABLES[0]] = self._endpoint
+                environment.pop(VARIABLES[1], None)  # the SDK would prefer it
             command = [sys.executable, "-m", "launcher.exporting"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
             assert self._process.stdin is not None

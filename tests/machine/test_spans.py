@@ -123,6 +123,26 @@ def test_up_swap_snapshot_and_crash(
 
 
 @pytest.mark.machine
+def test_restore(
+    runtime: Path, tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Screen("up", HELLO, runtime=runtime) as screen:
+        screen.wait_for("q powers off")
+        command("snapshot", "hello", tmp_path / "hello.snap", runtime=runtime)
+        screen.type("q")
+        screen.finish(0)
+        screen.wait_gone()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    with Screen("restore", tmp_path / "hello.snap", runtime=runtime) as screen:
+        screen.type("here again")
+        screen.wait_for("here again")
+        screen.type("q")
+        screen.finish(0)
+        screen.wait_gone()
+    assert "processes get ready" in collector.below(collector.named("restore"))
+
+
+@pytest.mark.machine
 def test_a_collector_that_does_not_answer_is_not_noticed(
     runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,3 +178,23 @@ def test_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.spans.find_spec", lambda name: None)
     with pytest.raises(BadEndpoint, match="install backplane's extra `otlp`"):
         endpoint("http://c", {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://[", "http://c:99999", "http://c:x", "http://c:0", "http://", "ftp://c", "http://a b", "c:4318"],
+)
+def test_no_url(text: str) -> None:
+    with pytest.raises(BadEndpoint, match="is no URL of a collector"):
+        endpoint(text, {})
+
+
+def test_with_the_sdk_and_no_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> object:
+        if name.startswith("opentelemetry.exporter"):
+            raise ModuleNotFoundError(name)
+        return find
+
+    monkeypatch.setattr("launcher.spans.find_spec", find)
+    with pytest.raises(BadEndpoint, match="install backplane's extra `otlp`"):
+        endpoint("", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"})

@@ -64,10 +64,11 @@ lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 
-# Without the guest its tests fail, the others still tell something.
+# Without the guest its tests fail, the others still tell something. Several at a time: many wait more than they work.
+JOBS ?= 2
 test: lint
 	@$(PY) -m launcher.guest --bench || true
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 # A run of another size than the default one leaves the committed table alone.
 conformance: OUT ?= $(if $(CASES),build,docs)/conformance.md

@@ -29,5 +29,7 @@ class UpOptions(msgspec.Struct, frozen=True):
 
 def check_writable(file: Path) -> None:
     """ConfigError if a file can't be written there."""
-    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+    folder = file.absolute().parent
+    new = not file.exists()
+    if file.is_dir() or not (os.access(folder, os.W_OK | os.X_OK) if new else os.access(file, os.W_OK)):
         raise ConfigError(file, "", "cannot be written", "name a file in a folder of yours")

@@ -119,7 +119,7 @@ def test_a_swap_that_cannot_work_leaves_the_old_process(
     files = {
         "syntax": source.replace("class Pic8259", "clas Pic8259"),
         "state": source.replace("VERSION: ClassVar[int] = 1", "VERSION: ClassVar[int] = 2"),
-        "ports": source.replace('PortRange("elcr", length=2', 'PortRange("elcr", length=4'),
+        "ports": source.replace('"elcr",\n            length=2', '"elcr",\n            length=4'),
         "raises": source.replace("class Pic8259", "raise RuntimeError('no luck today')\nclass Pic8259"),
     }
     said_why = {}

@@ -193,7 +193,8 @@ def test_a_restored_machine_may_outlive_its_launcher(machine: Path, tmp_path: Pa
     with Screen("up", machine, runtime=runtime) as origin:
         origin.wait_for("line 00000080\r\n")
         command("snapshot", NAME, file, runtime=runtime)
-        command("down", NAME, runtime=runtime)
+        origin.type(LEAVE)
+        origin.finish(0)
         origin.wait_gone()
     with contextlib.ExitStack() as screens:
         first = screens.enter_context(Screen("restore", "--outlive", file, runtime=runtime))
